@@ -1,0 +1,1 @@
+//! Benchmarks live in `engine.rs` and `operations.rs`; recorded results in `results/`.

@@ -1,0 +1,1 @@
+//! One replica: HTTP, admission, the engine thread, streams, drain.

@@ -1,0 +1,1 @@
+//! Logs, the Prometheus registry and the metric names.
