@@ -1,0 +1,84 @@
+//! What one replica needs to be told. All of it was validated by whoever read it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use servelab_engine::{EngineConfig, ModelRunner, TokenId};
+use servelab_telemetry::Metrics;
+use servelab_text::{ChatTemplate, Tokenizer};
+
+/// The device side of a replica, behind the seam that the engine drives.
+pub type Runner = Box<dyn ModelRunner + Send>;
+
+/// Loads the model. Called once, on the engine's own thread, after the socket listens.
+pub type Loader = Box<dyn FnOnce() -> Result<LoadedModel, LoadError> + Send>;
+
+/// Settings of one replica.
+pub struct ServerOptions {
+    /// Address to listen on, e.g. `127.0.0.1`.
+    pub host: String,
+    /// 0 takes a free port; see [`crate::Server::local_addr`].
+    pub port: u16,
+    /// Names under which clients may ask for the model; at least one. Answers and metrics carry the
+    /// first.
+    pub served_model_names: Vec<String>,
+    /// Requests that may wait beyond those that run; one more is answered 429.
+    pub max_waiting: u32,
+    /// Largest request body, in bytes; a larger one is answered 413.
+    pub max_body_bytes: usize,
+    /// Keys of which a client must present one; empty lets everybody in. Never logged.
+    pub api_keys: Vec<String>,
+    /// How long running requests may go on after the signal to stop.
+    pub drain_timeout: Duration,
+    /// `/live` and `/ready` fail when the engine has work and no step ended for that long. Must exceed
+    /// the longest step that the device can take.
+    pub stall_timeout: Duration,
+    /// Mixed into the seed of every request that gives none: two replicas with the same seed answer the
+    /// same series of requests alike.
+    pub seed: u64,
+    pub metrics: Arc<Metrics>,
+    pub load: Loader,
+}
+
+/// What [`ServerOptions::load`] brings.
+pub struct LoadedModel {
+    pub runner: Runner,
+    /// `max_waiting` is replaced by [`ServerOptions::max_waiting`] plus `max_running`: admission counts
+    /// at the HTTP front, and the engine's own bound stands behind it.
+    pub engine: EngineConfig,
+    pub tokenizer: Arc<Tokenizer>,
+    /// Without one, chat completions are refused.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Tokens that end an answer, from `generation_config.json` or `config.json`.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Rows of the logits: token ids in requests must be smaller.
+    pub vocab_size: u32,
+    /// Folder or hub id the model came from, for `/v1/models`.
+    pub root: String,
+    /// From the checkpoint's `generation_config.json`; used where a request is silent, as vLLM does.
+    pub sampling_defaults: SamplingDefaults,
+}
+
+/// Sampling values of `generation_config.json`. `None` falls back to OpenAI's default, which turns the
+/// modification off (temperature 1).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SamplingDefaults {
+    pub temperature: Option<f32>,
+    pub top_k: Option<u32>,
+    pub top_p: Option<f32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+}
+
+/// Why the model could not be loaded; carries the whole text for the operator.
+#[derive(Debug)]
+pub struct LoadError(pub String);
+
+impl fmt::Display for LoadError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for LoadError {}
