@@ -2,4 +2,21 @@
 
 pub mod options;
 
-pub use options::{LoadError, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};
+pub use options::{LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};
+
+/// Every route, as the metrics name it.
+pub const ROUTES: &[&str] = &[
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/models/{id}",
+    "/tokenize",
+    "/detokenize",
+    "/reset_prefix_cache",
+    "/live",
+    "/ready",
+    "/health",
+    "/metrics",
+    "/version",
+    "/state",
+];

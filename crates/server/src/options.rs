@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use servelab_engine::{EngineConfig, ModelRunner, TokenId};
-use servelab_telemetry::Metrics;
+use servelab_telemetry::{LoadStage, Metrics, Secret};
 use servelab_text::{ChatTemplate, Tokenizer};
 
 /// The device side of a replica, behind the seam that the engine drives.
@@ -27,8 +27,8 @@ pub struct ServerOptions {
     pub max_waiting: u32,
     /// Largest request body, in bytes; a larger one is answered 413.
     pub max_body_bytes: usize,
-    /// Keys of which a client must present one; empty lets everybody in. Never logged.
-    pub api_keys: Vec<String>,
+    /// Keys of which a client must present one; empty lets everybody in.
+    pub api_keys: Vec<Secret>,
     /// How long running requests may go on after the signal to stop.
     pub drain_timeout: Duration,
     /// `/live` and `/ready` fail when the engine has work and no step ended for that long. Must exceed
@@ -37,6 +37,7 @@ pub struct ServerOptions {
     /// Mixed into the seed of every request that gives none: two replicas with the same seed answer the
     /// same series of requests alike.
     pub seed: u64,
+    /// Made with [`crate::ROUTES`], so that requests are counted by route.
     pub metrics: Arc<Metrics>,
     pub load: Loader,
 }
@@ -58,6 +59,28 @@ pub struct LoadedModel {
     pub root: String,
     /// From the checkpoint's `generation_config.json`; used where a request is silent, as vLLM does.
     pub sampling_defaults: SamplingDefaults,
+    /// Element type of the KV cache, for the metrics, e.g. `bf16`.
+    pub kv_dtype: String,
+    /// How long the stages of loading took, for the metrics.
+    pub load_times: LoadTimes,
+}
+
+/// How long the stages of loading took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadTimes {
+    pub read: Duration,
+    pub convert: Duration,
+    pub warm_up: Duration,
+}
+
+impl LoadTimes {
+    pub fn of(&self, stage: LoadStage) -> Duration {
+        match stage {
+            LoadStage::Read => self.read,
+            LoadStage::Convert => self.convert,
+            LoadStage::WarmUp => self.warm_up,
+        }
+    }
 }
 
 /// Sampling values of `generation_config.json`. `None` falls back to OpenAI's default, which turns the
