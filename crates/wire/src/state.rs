@@ -1,0 +1,74 @@
+//! `GET /state`: what a replica holds right now.
+
+use serde::{Deserialize, Serialize};
+
+/// One moment between two steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StateSnapshot {
+    pub model: String,
+    /// `loading`, `ready`, `draining` or `failed`.
+    pub phase: String,
+    pub uptime_seconds: f64,
+    /// Absent, as all that follows, until the model is loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineState>,
+}
+
+/// The engine between two steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineState {
+    /// Steps since the start.
+    pub steps: u64,
+    pub config: ConfigState,
+    pub blocks: BlocksState,
+    pub prefix_cache: PrefixCacheState,
+    /// Since the start.
+    pub preemptions: u64,
+    pub running: Vec<SequenceState>,
+    pub waiting: Vec<SequenceState>,
+}
+
+/// Sizes and limits of the engine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConfigState {
+    /// Tokens per KV block.
+    pub block_size: u32,
+    pub num_blocks: u32,
+    pub max_model_len: u32,
+    pub max_batched_tokens: u32,
+    pub max_running: u32,
+    /// Requests that may wait beyond those that run.
+    pub max_waiting: u32,
+    pub prefix_cache: bool,
+}
+
+/// `held + cached + free = total`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BlocksState {
+    pub total: u32,
+    pub held: u32,
+    pub cached: u32,
+    pub free: u32,
+}
+
+/// Tokens looked up and found since the start.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PrefixCacheState {
+    pub query_tokens: u64,
+    pub hit_tokens: u64,
+}
+
+/// One sequence that runs, or one that waits.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SequenceState {
+    /// The request's id, as in the log and in `x-request-id`.
+    pub request_id: String,
+    pub choice: u32,
+    pub priority: i32,
+    pub prompt_tokens: u32,
+    pub output_tokens: u32,
+    /// Tokens whose keys and values are in the cache.
+    pub computed_tokens: u32,
+    /// Ids of the blocks that it holds.
+    pub blocks: Vec<u32>,
+}
