@@ -1,0 +1,191 @@
+//! The table of metrics: name, type, help text and buckets of each series, and nothing else.
+//!
+//! Names follow vLLM's after the prefix, so that what people know carries over. Prometheus' rules
+//! hold otherwise: base units, counters end in `_total`. Three of vLLM's names break them and are kept:
+//! `kv_cache_usage_perc` is a share, `iteration_tokens_total` a histogram, and `cache_config_info`
+//! calls the blocks `num_gpu_blocks` whatever the device, because scalers and endpoint pickers look there.
+
+/// One metric of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Without the prefix.
+    pub name: &'static str,
+    pub help: &'static str,
+    pub kind: Kind,
+}
+
+/// What Prometheus calls the type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Gauge,
+    Counter,
+    Histogram(Buckets),
+}
+
+/// Upper bounds of a histogram's buckets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buckets {
+    /// Time to first token, in seconds.
+    FirstToken,
+    /// Time between tokens, in seconds.
+    BetweenTokens,
+    /// A whole request or a part of it, in seconds.
+    Latency,
+    /// Tokens of a request: 1, 2, 5, 10, ... up to the context length.
+    RequestTokens,
+    /// Tokens of a step: powers of two up to 16384.
+    StepTokens,
+    /// Preemptions of a request.
+    Preemptions,
+}
+
+/// vLLM's.
+const FIRST_TOKEN: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
+];
+
+/// vLLM's begin at 0.01, where a small model or a fast GPU has all its tokens in the first bucket.
+const BETWEEN_TOKENS: &[f64] = &[
+    0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
+
+/// vLLM's begin at 0.3, which says nothing about a queue.
+const LATENCY: &[f64] = &[
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0,
+    20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+];
+
+const PREEMPTIONS: &[f64] = &[0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0];
+
+impl Buckets {
+    /// The upper bounds, for a model with a context of `max_model_len` tokens.
+    pub fn bounds(self, max_model_len: u32) -> Vec<f64> {
+        match self {
+            Self::FirstToken => FIRST_TOKEN.to_vec(),
+            Self::BetweenTokens => BETWEEN_TOKENS.to_vec(),
+            Self::Latency => LATENCY.to_vec(),
+            Self::RequestTokens => one_two_five(max_model_len),
+            Self::StepTokens => (0..=14).map(|power| f64::from(1_u32 << power)).collect(),
+            Self::Preemptions => PREEMPTIONS.to_vec(),
+        }
+    }
+}
+
+fn one_two_five(largest: u32) -> Vec<f64> {
+    let decades = (0..10).map(|exponent| 10_u64.pow(exponent));
+    let series = decades.flat_map(|decade| [decade, 2 * decade, 5 * decade]);
+    series.take_while(|&bound| bound == 1 || bound <= u64::from(largest)).map(|bound| bound as f64).collect()
+}
+
+const fn gauge(name: &'static str, help: &'static str) -> Metric {
+    Metric { name, help, kind: Kind::Gauge }
+}
+
+const fn counter(name: &'static str, help: &'static str) -> Metric {
+    Metric { name, help, kind: Kind::Counter }
+}
+
+const fn histogram(name: &'static str, buckets: Buckets, help: &'static str) -> Metric {
+    Metric { name, help, kind: Kind::Histogram(buckets) }
+}
+
+macro_rules! table {
+    ($($constant:ident = $metric:expr;)+) => {
+        $(pub const $constant: Metric = $metric;)+
+        /// Every metric of the table.
+        pub const ALL: &[Metric] = &[$($constant),+];
+    };
+}
+
+table! {
+    NUM_REQUESTS_RUNNING = gauge("num_requests_running", "Sequences in the running batch.");
+    NUM_REQUESTS_WAITING = gauge("num_requests_waiting", "Requests in the queue.");
+    KV_CACHE_USAGE_PERC = gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold; 1 is full.");
+    CACHE_CONFIG_INFO = gauge("cache_config_info", "Always 1; its labels tell the layout of the KV cache.");
+    BUILD_INFO = gauge("build_info", "Always 1; its labels tell version and commit.");
+    MODEL_LOAD_SECONDS = gauge("model_load_seconds", "Time that loading the model took, by stage.");
+
+    PREFIX_CACHE_QUERIES = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");
+    PREFIX_CACHE_HITS = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.");
+    NUM_PREEMPTIONS = counter("num_preemptions_total", "Sequences that lost their KV blocks and were computed again.");
+    PROMPT_TOKENS = counter("prompt_tokens_total", "Prompt tokens of requests that reached their first token.");
+    PROMPT_TOKENS_CACHED = counter("prompt_tokens_cached_total", "Those of them that the prefix cache supplied.");
+    GENERATION_TOKENS = counter("generation_tokens_total", "Tokens generated.");
+    REQUEST_SUCCESS = counter("request_success_total", "Requests that ended, by reason.");
+    ADMISSION_REJECTIONS = counter("admission_rejections_total", "Requests that were not taken, by reason.");
+    HTTP_REQUESTS = counter("http_requests_total", "HTTP requests answered, by route and class of status.");
+
+    TIME_TO_FIRST_TOKEN_SECONDS = histogram("time_to_first_token_seconds", Buckets::FirstToken,
+        "From a request's arrival at the HTTP front to its first token.");
+    INTER_TOKEN_LATENCY_SECONDS = histogram("inter_token_latency_seconds", Buckets::BetweenTokens,
+        "Each gap between two successive tokens of a choice.");
+    REQUEST_TIME_PER_OUTPUT_TOKEN_SECONDS = histogram("request_time_per_output_token_seconds", Buckets::BetweenTokens,
+        "Mean time per output token of a request after the first.");
+    E2E_REQUEST_LATENCY_SECONDS = histogram("e2e_request_latency_seconds", Buckets::Latency,
+        "From a request's arrival at the HTTP front to its end.");
+    REQUEST_QUEUE_TIME_SECONDS = histogram("request_queue_time_seconds", Buckets::Latency,
+        "From a request's arrival in the queue to the last time it was scheduled before its first token.");
+    REQUEST_PREFILL_TIME_SECONDS = histogram("request_prefill_time_seconds", Buckets::Latency,
+        "From being scheduled to the first token.");
+    REQUEST_DECODE_TIME_SECONDS = histogram("request_decode_time_seconds", Buckets::Latency,
+        "From the first token to the last.");
+    REQUEST_INFERENCE_TIME_SECONDS = histogram("request_inference_time_seconds", Buckets::Latency,
+        "From being scheduled to the last token.");
+    REQUEST_PROMPT_TOKENS = histogram("request_prompt_tokens", Buckets::RequestTokens,
+        "Prompt tokens of a request.");
+    REQUEST_GENERATION_TOKENS = histogram("request_generation_tokens", Buckets::RequestTokens,
+        "Tokens generated for a request, over all its choices.");
+    REQUEST_NUM_PREEMPTIONS = histogram("request_num_preemptions", Buckets::Preemptions,
+        "How often sequences of a request were preempted.");
+    ITERATION_TOKENS = histogram("iteration_tokens_total", Buckets::StepTokens,
+        "Tokens computed in a step, prompt and decoded ones together.");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_and_only_they_end_in_total() {
+        for metric in ALL {
+            let kept_from_vllm = metric.name == ITERATION_TOKENS.name;
+            let is_counter = metric.kind == Kind::Counter;
+            assert_eq!(metric.name.ends_with("_total"), is_counter || kept_from_vllm, "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_helped() {
+        for (index, metric) in ALL.iter().enumerate() {
+            assert!(metric.help.ends_with('.'), "{}", metric.name);
+            assert!(
+                ALL[..index].iter().all(|other| other.name != metric.name),
+                "{} is there twice",
+                metric.name
+            );
+        }
+    }
+
+    #[test]
+    fn bounds_ascend_strictly() {
+        use Buckets::{BetweenTokens, FirstToken, Latency, Preemptions, RequestTokens, StepTokens};
+        for buckets in [FirstToken, BetweenTokens, Latency, RequestTokens, StepTokens, Preemptions] {
+            for context in [1, 512, 131_072, u32::MAX] {
+                let bounds = buckets.bounds(context);
+                assert!(bounds.windows(2).all(|pair| pair[0] < pair[1]), "{buckets:?}: {bounds:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn token_buckets_stop_at_the_context_length() {
+        assert_eq!(
+            Buckets::RequestTokens.bounds(512),
+            [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]
+        );
+        assert_eq!(Buckets::RequestTokens.bounds(0), [1.0]);
+        assert_eq!(Buckets::StepTokens.bounds(512).last(), Some(&16384.0));
+    }
+}
