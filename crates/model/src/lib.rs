@@ -1,1 +1,29 @@
 //! Checkpoints, the decoder, its operations on the CPU, and the sampler. The only home of unsafe code.
+//!
+//! A model is loaded in two stages: [`Prepared::open`] finds and checks the files, so that the caller
+//! can size the KV cache ([`Prepared::kv_bytes_per_block`]), and [`Prepared::into_runner`] builds what
+//! the engine drives.
+
+pub mod checkpoint;
+pub mod config;
+pub mod decoder;
+pub mod demo;
+pub mod dummy;
+mod error;
+pub mod hub;
+mod load;
+pub mod ops;
+mod plain;
+mod plain_runner;
+pub mod presets;
+pub mod rope;
+pub mod sampler;
+pub mod source;
+pub mod weights;
+
+pub use config::{Architecture, ModelConfig, WeightDtype};
+pub use error::ModelError;
+pub use load::{
+    EngineKind, KvDtype, LoadTimings, LoadedModel, MemoryReport, OpenOptions, Prepared, RunnerOptions,
+};
+pub use source::{DummyShape, LoadFormat, ModelSource, TextFiles};

@@ -1,0 +1,251 @@
+//! From a source to a runner, in two stages: what the configuration says first, so that the caller
+//! can size the KV cache, then the weights.
+
+use std::time::{Duration, Instant};
+
+use servelab_engine::{BlockId, ModelRunner, SequenceId, Step, StepSequence};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{ModelConfig, WeightDtype};
+use crate::decoder::activation_values;
+use crate::dummy::DummyWeights;
+use crate::error::ModelError;
+use crate::hub::HubOptions;
+use crate::source::{ModelSource, TextFiles, WeightOrigin};
+use crate::weights::{Weights, expected_tensors};
+
+/// Which implementation computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// The decoder over paged blocks, any number of sequences in a step.
+    #[default]
+    Paged,
+    /// candle-transformers' own models, one sequence at a time: the baseline. Needs an engine with
+    /// `max_running` 1, no prefix cache and `max_batched_tokens` of at least `max_model_len`.
+    Naive,
+}
+
+/// Number format of the KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvDtype {
+    #[default]
+    F32,
+    BF16,
+}
+
+impl KvDtype {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::BF16 => 2,
+        }
+    }
+
+    /// `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+        }
+    }
+}
+
+/// What can be chosen before the files are looked at.
+#[derive(Default)]
+pub struct OpenOptions {
+    pub hub: HubOptions,
+    /// Convert the weights to this; default: as the checkpoint stores them.
+    pub dtype: Option<WeightDtype>,
+    /// Of dummy weights.
+    pub seed: u64,
+}
+
+/// What is decided once the configuration is known.
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    pub engine: EngineKind,
+    /// Blocks of the KV cache, as in the engine's configuration.
+    pub num_blocks: u32,
+    /// Tokens per block, as in the engine's configuration.
+    pub block_size: u32,
+    /// Longest sequence in tokens; at most [`ModelConfig::max_position_embeddings`] makes sense.
+    pub max_model_len: u32,
+    /// Most tokens of one step.
+    pub max_batched_tokens: u32,
+    /// Threads that compute; 0: as many as the machine has cores.
+    pub threads: usize,
+    pub kv_dtype: KvDtype,
+}
+
+/// Bytes of memory by purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryReport {
+    pub weight_bytes: u64,
+    /// The KV cache; for the naive engine, whose cache grows, that of the longest sequence.
+    pub kv_cache_bytes: u64,
+    /// Activations of the largest step.
+    pub activation_bytes: u64,
+}
+
+/// How long the stages of loading took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadTimings {
+    /// Finding (or downloading) and mapping the files and checking their headers.
+    pub read: Duration,
+    /// Reading the weights, and converting and packing them for the device.
+    pub convert: Duration,
+    /// A first step over one token and one over the largest batch.
+    pub warm_up: Duration,
+}
+
+/// A model whose files were found, read as far as the headers and checked.
+pub struct Prepared {
+    config: ModelConfig,
+    text: TextFiles,
+    weights: Weights,
+    dtype: WeightDtype,
+    read: Duration,
+}
+
+/// A model ready to serve.
+pub struct LoadedModel {
+    pub runner: Box<dyn ModelRunner + Send>,
+    pub config: ModelConfig,
+    pub text: TextFiles,
+    pub memory: MemoryReport,
+    pub timings: LoadTimings,
+}
+
+impl Prepared {
+    /// Finds the files, reads the configuration and checks that the checkpoint belongs to it.
+    ///
+    /// # Errors
+    /// Every [`ModelError`] but those of memory and warm-up.
+    pub fn open(source: &ModelSource, options: OpenOptions) -> Result<Self, ModelError> {
+        let start = Instant::now();
+        let files = source.resolve(options.hub)?;
+        let config = ModelConfig::parse(&files.config, files.text.generation_config.as_deref())?;
+        let weights = match &files.weights {
+            WeightOrigin::Dummy => Weights::Dummy(DummyWeights { seed: options.seed }),
+            WeightOrigin::Files(files) => {
+                let checkpoint = Checkpoint::open(files)?;
+                checkpoint.check(&config)?;
+                Weights::Checkpoint(checkpoint)
+            }
+        };
+        let dtype = options.dtype.unwrap_or(weights.dtype());
+        Ok(Self { config, text: files.text, weights, dtype, read: start.elapsed() })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn text_files(&self) -> &TextFiles {
+        &self.text
+    }
+
+    /// The format that the weights will be kept in.
+    pub fn dtype(&self) -> WeightDtype {
+        self.dtype
+    }
+
+    /// Bytes of all weights in that format.
+    pub fn weight_bytes(&self) -> u64 {
+        let elements: u64 = expected_tensors(&self.config).iter().map(|spec| spec.elements() as u64).sum();
+        elements * self.dtype.bytes() as u64
+    }
+
+    /// Bytes of one block of the KV cache, keys and values of all layers.
+    pub fn kv_bytes_per_block(&self, block_size: u32, kv_dtype: KvDtype) -> u64 {
+        self.config.kv_values_per_token() * u64::from(block_size) * kv_dtype.bytes() as u64
+    }
+
+    /// Moves the weights into the engine's own layout, allocates the KV cache and all buffers, and
+    /// runs a first step.
+    ///
+    /// # Errors
+    /// [`ModelError::Option`] for impossible sizes, [`ModelError::NaiveUnsupported`],
+    /// [`ModelError::OutOfMemory`] and [`ModelError::WarmUp`].
+    pub fn into_runner(self, options: &RunnerOptions) -> Result<LoadedModel, ModelError> {
+        check_sizes(options)?;
+        let start = Instant::now();
+        let mut runner = self.build(options)?;
+        let convert = start.elapsed();
+        let start = Instant::now();
+        for tokens in [1, options.max_batched_tokens] {
+            warm_up(runner.as_mut(), tokens, options)?;
+        }
+        let timings = LoadTimings { read: self.read, convert, warm_up: start.elapsed() };
+        let memory = self.memory(options);
+        Ok(LoadedModel { runner, config: self.config, text: self.text, memory, timings })
+    }
+
+    fn build(&self, options: &RunnerOptions) -> Result<Box<dyn ModelRunner + Send>, ModelError> {
+        match options.engine {
+            EngineKind::Paged => Ok(Box::new(crate::plain_runner::CpuRunner::new(
+                &self.config,
+                &self.weights,
+                self.dtype,
+                options,
+            )?)),
+            EngineKind::Naive => Err(ModelError::NaiveUnsupported { feature: "anything yet".to_owned() }),
+        }
+    }
+
+    fn memory(&self, options: &RunnerOptions) -> MemoryReport {
+        let block = self.kv_bytes_per_block(options.block_size, options.kv_dtype);
+        MemoryReport {
+            weight_bytes: self.weight_bytes(),
+            kv_cache_bytes: block * u64::from(options.num_blocks),
+            activation_bytes: 4 * activation_values(&self.config, options.max_batched_tokens as usize),
+        }
+    }
+}
+
+fn check_sizes(options: &RunnerOptions) -> Result<(), ModelError> {
+    let positive = |option: &'static str, value: u32| match value {
+        0 => Err(ModelError::Option { option, value: "0".to_owned(), rule: "at least 1".to_owned() }),
+        _ => Ok(()),
+    };
+    positive("block size", options.block_size)?;
+    positive("number of KV blocks", options.num_blocks)?;
+    positive("max batched tokens", options.max_batched_tokens)?;
+    positive("max model length", options.max_model_len)?;
+    let slots = u64::from(options.num_blocks) * u64::from(options.block_size);
+    if slots > u64::from(u32::MAX) {
+        return Err(ModelError::Option {
+            option: "number of KV blocks",
+            value: options.num_blocks.to_string(),
+            rule: format!(
+                "at most {} at a block size of {}",
+                u32::MAX / options.block_size,
+                options.block_size
+            ),
+        });
+    }
+    Ok(())
+}
+
+/// Touches all weights and buffers, so that the first request does not pay for it. Writes only to
+/// blocks that no sequence has used yet.
+fn warm_up(runner: &mut dyn ModelRunner, tokens: u32, options: &RunnerOptions) -> Result<(), ModelError> {
+    let room = options.num_blocks.saturating_mul(options.block_size);
+    let tokens = tokens.min(room).min(options.max_model_len);
+    let blocks = tokens.div_ceil(options.block_size);
+    let step = Step {
+        tokens: vec![0; tokens as usize],
+        positions: (0..tokens).collect(),
+        slots: (0..tokens).collect(),
+        blocks: (0..blocks).map(BlockId).collect(),
+        sequences: vec![StepSequence {
+            id: SequenceId(u64::MAX),
+            tokens: 0..tokens as usize,
+            blocks: 0..blocks as usize,
+            context_len: tokens,
+        }],
+        ..Step::default()
+    };
+    runner.run(&step).map(|_| ()).map_err(|e| ModelError::WarmUp(e.to_string()))
+}
