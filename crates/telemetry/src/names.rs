@@ -111,7 +111,7 @@ table! {
     PREFIX_CACHE_HITS = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.");
     NUM_PREEMPTIONS = counter("num_preemptions_total", "Sequences that lost their KV blocks and were computed again.");
     PROMPT_TOKENS = counter("prompt_tokens_total", "Prompt tokens of requests that reached their first token.");
-    PROMPT_TOKENS_CACHED = counter("prompt_tokens_cached_total", "Those of them that the prefix cache supplied.");
+    PROMPT_TOKENS_CACHED = counter("prompt_tokens_cached_total", "Prompt tokens of such requests that the prefix cache supplied.");
     GENERATION_TOKENS = counter("generation_tokens_total", "Tokens generated.");
     REQUEST_SUCCESS = counter("request_success_total", "Requests that ended, by reason.");
     ADMISSION_REJECTIONS = counter("admission_rejections_total", "Requests that were not taken, by reason.");
