@@ -1,6 +1,368 @@
 //! Fixed-size blocks of KV memory: reference counts, and an LRU of freed blocks whose content is
 //! still good.
+//!
+//! A block is in one of three states, and the three always add up to the whole pool:
+//!
+//! - **free**: nobody holds it, its content is of no use;
+//! - **held**: at least one sequence holds it;
+//! - **cached**: nobody holds it, its content is published and can be taken again until it is evicted.
+//!
+//! Every operation is O(1). The pool knows nothing of sequences or of the memory itself.
+
+#![allow(clippy::disallowed_types, reason = "the map has a fixed hasher and is never iterated")]
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::block_hash::{BlockHash, HashChain};
+use crate::request::TokenId;
 
 /// A block of KV memory, `block_size` token slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
+
+/// The identity of one exact token prefix, as verified token by token. Two prefixes with equal
+/// hashes never share a link, so that a colliding hash cannot smuggle in the children of another
+/// prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// The empty prefix of all requests with this salt.
+    Root { salt: u64 },
+    /// A published block. Numbers are never reused.
+    Block(u64),
+}
+
+/// The leading blocks of a prompt that were found in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// Not yet held: [`BlockPool::retain`] each before anything else is allocated.
+    pub blocks: Vec<BlockId>,
+    /// Identity of the prefix that ends with the last of them.
+    pub link: Link,
+}
+
+/// How many blocks are in which state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCounts {
+    pub free: u32,
+    pub held: u32,
+    pub cached: u32,
+}
+
+/// What is known about the content of a published block.
+#[derive(Clone, Copy, Debug)]
+struct Content {
+    hash: BlockHash,
+    parent: Link,
+    link: Link,
+}
+
+const NONE: u32 = u32::MAX;
+
+#[derive(Clone, Debug)]
+struct Block {
+    references: u32,
+    /// Neighbours in the LRU list; `NONE` at its ends and outside of it.
+    older: u32,
+    newer: u32,
+    content: Option<Content>,
+}
+
+/// The keys are hashes already.
+#[derive(Clone, Copy, Debug, Default)]
+struct KeyIsHash(u64);
+
+impl Hasher for KeyIsHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+}
+
+/// All blocks of one engine.
+#[derive(Clone, Debug)]
+pub struct BlockPool {
+    block_size: usize,
+    blocks: Vec<Block>,
+    /// Tokens of published blocks, to compare on a hit. `[blocks, block_size]`
+    tokens: Vec<TokenId>,
+    /// Free blocks; the last one is handed out next.
+    free: Vec<BlockId>,
+    /// Ends of the list of cached blocks.
+    oldest: u32,
+    newest: u32,
+    cached: u32,
+    published: HashMap<BlockHash, BlockId, BuildHasherDefault<KeyIsHash>>,
+    next_link: u64,
+    releases: u64,
+}
+
+impl BlockPool {
+    /// A pool of `num_blocks` free blocks of `block_size` tokens.
+    pub fn new(num_blocks: u32, block_size: usize) -> Self {
+        let block = Block { references: 0, older: NONE, newer: NONE, content: None };
+        Self {
+            block_size,
+            blocks: vec![block; num_blocks as usize],
+            tokens: vec![0; num_blocks as usize * block_size],
+            free: (0..num_blocks).rev().map(BlockId).collect(),
+            oldest: NONE,
+            newest: NONE,
+            cached: 0,
+            published: HashMap::default(),
+            next_link: 0,
+            releases: 0,
+        }
+    }
+
+    /// Blocks that [`BlockPool::allocate`] can hand out, by eviction if need be.
+    pub fn available(&self) -> usize {
+        self.free.len() + self.cached as usize
+    }
+
+    pub fn counts(&self) -> BlockCounts {
+        let free = self.free.len() as u32;
+        BlockCounts { free, held: self.blocks.len() as u32 - free - self.cached, cached: self.cached }
+    }
+
+    /// How often the last reference to a block was given back: while it stands still, nothing that
+    /// did not fit before fits now.
+    pub fn releases(&self) -> u64 {
+        self.releases
+    }
+
+    /// How many sequences hold the block.
+    pub fn references(&self, block: BlockId) -> u32 {
+        self.block(block).references
+    }
+
+    /// Whether the block's content can be found by its hash.
+    pub fn is_published(&self, block: BlockId) -> bool {
+        self.block(block).content.is_some()
+    }
+
+    /// Hands out a block with undefined content and one reference, or `None` if all are held. Free
+    /// blocks go first; then the cached block that was given back longest ago is evicted.
+    pub fn allocate(&mut self) -> Option<BlockId> {
+        let block = match self.free.pop() {
+            Some(block) => block,
+            None => self.evict_oldest()?,
+        };
+        self.block_mut(block).references = 1;
+        Some(block)
+    }
+
+    /// Adds a reference to a held or cached block; its content stays until the last reference is
+    /// given back and the block is evicted.
+    pub fn retain(&mut self, block: BlockId) {
+        if self.block(block).references == 0 {
+            self.unlink(block);
+        }
+        self.block_mut(block).references += 1;
+    }
+
+    /// Gives one reference back. With the last one a published block becomes cached, as the newest
+    /// of them, and any other becomes free.
+    pub fn release(&mut self, block: BlockId) {
+        let entry = self.block_mut(block);
+        debug_assert!(entry.references > 0, "{block:?} was released more often than it was taken");
+        entry.references -= 1;
+        if entry.references > 0 {
+            return;
+        }
+        self.releases += 1;
+        match self.block(block).content {
+            Some(_) => self.link_as_newest(block),
+            None => self.free.push(block),
+        }
+    }
+
+    /// Releases the blocks of one sequence, the last one first: it becomes the oldest, so that a
+    /// chain is evicted from its tail, and what remains of it can still be found.
+    pub fn release_chain(&mut self, blocks: &mut Vec<BlockId>) {
+        while let Some(block) = blocks.pop() {
+            self.release(block);
+        }
+    }
+
+    /// Makes the content of a full, held block findable, and returns the identity of the prefix that
+    /// ends with it. If the same prefix is published already, that other block stays the one to be
+    /// found. A block of another prefix under the same hash gives way.
+    pub fn publish(&mut self, block: BlockId, hash: BlockHash, parent: Link, tokens: &[TokenId]) -> Link {
+        debug_assert!(self.block(block).references > 0 && tokens.len() == self.block_size);
+        if let Some(content) = self.block(block).content {
+            return content.link;
+        }
+        if let Some((_, link)) = self.lookup(hash, parent, tokens) {
+            return link;
+        }
+        if let Some(&other) = self.published.get(&hash) {
+            self.forget(other);
+        }
+        let link = Link::Block(self.next_link);
+        self.next_link += 1;
+        self.block_mut(block).content = Some(Content { hash, parent, link });
+        self.tokens_mut(block).copy_from_slice(tokens);
+        self.published.insert(hash, block);
+        link
+    }
+
+    /// Finds the block with exactly this content: same hash, same prefix before it, same tokens.
+    pub fn lookup(&self, hash: BlockHash, parent: Link, tokens: &[TokenId]) -> Option<(BlockId, Link)> {
+        let block = *self.published.get(&hash)?;
+        let content = self.block(block).content?;
+        let equal = content.parent == parent && self.tokens_of(block) == tokens;
+        equal.then_some((block, content.link))
+    }
+
+    /// Finds the longest published prefix of `tokens`, `limit` blocks at most. Nothing is held yet.
+    pub fn longest_prefix(&self, tokens: &[TokenId], chain: &mut HashChain, limit: usize) -> Prefix {
+        let mut prefix = Prefix { blocks: Vec::new(), link: Link::Root { salt: chain.salt() } };
+        for (index, block_tokens) in tokens.chunks_exact(self.block_size).take(limit).enumerate() {
+            let Some(hash) = chain.get(index, tokens) else { break };
+            let Some((block, link)) = self.lookup(hash, prefix.link, block_tokens) else { break };
+            prefix.blocks.push(block);
+            prefix.link = link;
+        }
+        prefix
+    }
+
+    /// Forgets all content: cached blocks become free, held ones stay held and are no longer found.
+    /// Returns how many blocks were published.
+    pub fn forget_all(&mut self) -> usize {
+        let published = self.published.len();
+        for index in 0..self.blocks.len() as u32 {
+            self.forget(BlockId(index));
+        }
+        published
+    }
+
+    fn forget(&mut self, block: BlockId) {
+        let Some(content) = self.block_mut(block).content.take() else { return };
+        self.published.remove(&content.hash);
+        if self.block(block).references == 0 {
+            self.unlink(block);
+            self.free.push(block);
+        }
+    }
+
+    fn evict_oldest(&mut self) -> Option<BlockId> {
+        let block = (self.oldest != NONE).then_some(BlockId(self.oldest))?;
+        self.unlink(block);
+        if let Some(content) = self.block_mut(block).content.take() {
+            self.published.remove(&content.hash);
+        }
+        Some(block)
+    }
+
+    fn link_as_newest(&mut self, block: BlockId) {
+        let before = self.newest;
+        let entry = self.block_mut(block);
+        entry.older = before;
+        entry.newer = NONE;
+        match before {
+            NONE => self.oldest = block.0,
+            before => self.block_mut(BlockId(before)).newer = block.0,
+        }
+        self.newest = block.0;
+        self.cached += 1;
+    }
+
+    fn unlink(&mut self, block: BlockId) {
+        let (older, newer) = (self.block(block).older, self.block(block).newer);
+        match older {
+            NONE => self.oldest = newer,
+            older => self.block_mut(BlockId(older)).newer = newer,
+        }
+        match newer {
+            NONE => self.newest = older,
+            newer => self.block_mut(BlockId(newer)).older = older,
+        }
+        let entry = self.block_mut(block);
+        (entry.older, entry.newer) = (NONE, NONE);
+        self.cached -= 1;
+    }
+
+    fn block(&self, block: BlockId) -> &Block {
+        &self.blocks[block.0 as usize]
+    }
+
+    fn block_mut(&mut self, block: BlockId) -> &mut Block {
+        &mut self.blocks[block.0 as usize]
+    }
+
+    fn tokens_of(&self, block: BlockId) -> &[TokenId] {
+        &self.tokens[block.0 as usize * self.block_size..][..self.block_size]
+    }
+
+    fn tokens_mut(&mut self, block: BlockId) -> &mut [TokenId] {
+        &mut self.tokens[block.0 as usize * self.block_size..][..self.block_size]
+    }
+
+    /// The conservation law of the pool. `holders` counts for each block how many sequences hold it.
+    ///
+    /// # Errors
+    /// The first breach found, in words.
+    pub fn check_integrity(&self, holders: &[u32]) -> Result<(), String> {
+        let mut seen = vec![0u32; self.blocks.len()];
+        for block in &self.free {
+            seen[block.0 as usize] += 1;
+            if self.is_published(*block) {
+                return Err(format!("{block:?} is free and still published"));
+            }
+        }
+        self.check_lru(&mut seen)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            if block.references != holders[index] {
+                let (has, held) = (block.references, holders[index]);
+                return Err(format!("block {index} has {has} references and {held} sequences hold it"));
+            }
+            let states = seen[index] + u32::from(block.references > 0);
+            if states != 1 {
+                return Err(format!("block {index} is in {states} states"));
+            }
+        }
+        self.check_published()
+    }
+
+    fn check_lru(&self, seen: &mut [u32]) -> Result<(), String> {
+        let (mut at, mut before, mut count) = (self.oldest, NONE, 0);
+        while at != NONE && count <= self.cached {
+            let block = self.block(BlockId(at));
+            if block.older != before || block.content.is_none() {
+                return Err(format!("block {at} is badly linked in the LRU or unpublished"));
+            }
+            seen[at as usize] += 1;
+            (before, at) = (at, block.newer);
+            count += 1;
+        }
+        if count != self.cached || before != self.newest {
+            return Err(format!("the LRU has {count} blocks and counts {}", self.cached));
+        }
+        Ok(())
+    }
+
+    fn check_published(&self) -> Result<(), String> {
+        let mut count = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let Some(content) = block.content else { continue };
+            count += 1;
+            if self.published.get(&content.hash) != Some(&BlockId(index as u32)) {
+                return Err(format!("block {index} cannot be found under its hash"));
+            }
+        }
+        match self.published.len() {
+            len if len == count => Ok(()),
+            len => Err(format!("{len} hashes are published and {count} blocks have content")),
+        }
+    }
+}

@@ -1,112 +1,233 @@
 //! Plan, run, apply.
 
-use crate::request::{FinishReason, RequestId, Timestamp, TokenId};
-use crate::runner::{ModelRunner, RunnerError, TokenLogprobs};
+use crate::block_pool::BlockId;
+use crate::request::{Request, RequestId, Timestamp};
+use crate::runner::{ModelRunner, RunnerError, Step, StepOutput};
+use crate::scheduler::{Plan, Scheduler};
+use crate::sequence::Sequence;
+use crate::step::build_step;
 
-/// Sizes and limits of one engine.
-#[derive(Clone, Debug)]
-pub struct EngineConfig {
-    /// Tokens per KV block; a power of two.
-    pub block_size: u32,
-    /// Blocks in the pool.
-    pub num_blocks: u32,
-    /// Longest sequence, prompt and output together, in tokens.
-    pub max_model_len: u32,
-    /// Most tokens computed in one step.
-    pub max_batched_tokens: u32,
-    /// Most sequences that run at once.
-    pub max_running: u32,
-    /// Most requests that wait at once.
-    pub max_waiting: u32,
-    /// Keep the blocks of ended sequences and reuse them for equal prefixes.
-    pub prefix_cache: bool,
-}
-
-/// Why a request was not taken. Nothing of it remains in the engine.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AdmissionError {
-    #[error("the prompt is empty; give at least one token")]
-    EmptyPrompt,
-    #[error("n {n} exceeds the {max_running} sequences that run at once; lower n to {max_running} or less")]
-    TooManyChoices { n: u32, max_running: u32 },
-    #[error(
-        "max_tokens {max_tokens} + prompt {prompt} exceeds the context length {max_model_len}; {}",
-        advice_for_context(*prompt, *max_model_len)
-    )]
-    ContextLength { prompt: u32, max_tokens: u32, max_model_len: u32 },
-    #[error(
-        "the request needs {needed} KV blocks and the pool has {num_blocks}; shorten the prompt, lower \
-         max_tokens or n, or start the server with more KV memory"
-    )]
-    NeverFits { needed: u32, num_blocks: u32 },
-    #[error("{max_waiting} requests are already waiting; try again later")]
-    QueueFull { max_waiting: u32 },
-    #[error("request id {0:?} is already in use")]
-    DuplicateId(RequestId),
-}
-
-fn advice_for_context(prompt: u32, max_model_len: u32) -> String {
-    match max_model_len.saturating_sub(prompt) {
-        0 => format!("shorten the prompt to {} tokens or less", max_model_len.saturating_sub(1)),
-        room => format!("lower max_tokens to {room} or less"),
-    }
-}
-
-/// Something that happened to a request in a step, in the order it happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// The request left the queue; `cached_tokens` of its prompt were found in the prefix cache.
-    /// Comes again after a preemption.
-    Scheduled { request: RequestId, cached_tokens: u32 },
-    /// One entry per prompt token; the first is `None`. Comes before the first token.
-    PromptLogprobs { request: RequestId, logprobs: Vec<Option<TokenLogprobs>> },
-    Token { request: RequestId, choice: u32, token: TokenId, logprobs: Option<TokenLogprobs> },
-    /// The choice lost its blocks and waits to be computed again.
-    Preempted { request: RequestId, choice: u32 },
-    /// The last event of a choice. A request has ended when all its choices have.
-    Finished { request: RequestId, choice: u32, reason: FinishReason },
-}
-
-/// What one step did.
-#[derive(Clone, Debug, Default)]
-pub struct StepReport {
-    pub events: Vec<Event>,
-    /// Tokens computed: prompt tokens (and recomputed ones) and decoded ones.
-    pub prefill_tokens: u32,
-    pub decode_tokens: u32,
-    /// Set when the runner can compute no more; the requests of the step have ended with an error.
-    pub fatal: Option<RunnerError>,
-}
-
-/// Gauges and counters, cheap to read after every step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineStats {
-    /// Sequences that run.
-    pub running: u32,
-    /// Requests that wait, preempted ones among them.
-    pub waiting: u32,
-    pub blocks_total: u32,
-    /// Blocks that a sequence holds.
-    pub blocks_held: u32,
-    /// Blocks that nobody holds and whose content can still be reused.
-    pub blocks_cached: u32,
-    pub blocks_free: u32,
-    /// Counted since the start, in tokens.
-    pub prefix_query_tokens: u64,
-    pub prefix_hit_tokens: u64,
-    /// Counted since the start.
-    pub preemptions: u64,
-}
+pub use crate::admission::AdmissionError;
+pub use crate::config::{ConfigError, EngineConfig};
+pub use crate::event::{Event, StepReport};
+pub use crate::stats::{EngineSnapshot, EngineStats, RunningSequence, WaitingSequence};
+pub use crate::trace::StepTrace;
 
 /// The scheduler, the block pool and the prefix cache around a [`ModelRunner`].
+///
+/// Deterministic: the same calls with the same runner give the same reports.
 pub struct Engine<R> {
     runner: R,
+    scheduler: Scheduler,
+    plan: Plan,
+    step: Step,
+    steps: u64,
+    trace: StepTrace,
 }
 
 impl<R: ModelRunner> Engine<R> {
+    /// An engine without any request.
+    ///
+    /// # Errors
+    /// A setting that is impossible; see [`EngineConfig::validate`].
+    pub fn new(config: EngineConfig, runner: R) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Self {
+            runner,
+            scheduler: Scheduler::new(config),
+            plan: Plan::default(),
+            step: Step::default(),
+            steps: 0,
+            trace: StepTrace::default(),
+        })
+    }
+
     /// One pass: plan what to compute, run it, apply the outcome.
-    pub fn step(&mut self, _now: Timestamp) -> StepReport {
-        let _ = &mut self.runner;
-        StepReport::default()
+    ///
+    /// Also reports what happened between two steps (aborts, stop strings). Does not call the runner
+    /// if there is nothing to compute. `now` is the caller's clock; it is shown in the trace and the
+    /// snapshot and decides nothing.
+    pub fn step(&mut self, now: Timestamp) -> StepReport {
+        let mut report = StepReport::default();
+        report.events.append(&mut self.scheduler.pending);
+        self.scheduler.plan(&mut self.plan, &mut report.events);
+        if !self.plan.work.is_empty() {
+            let block_size = self.scheduler.config.block_size as usize;
+            build_step(&self.plan, &self.scheduler.running, block_size, &mut self.step);
+            report.sequences = self.plan.work.len() as u32;
+            match self.run() {
+                Ok(output) => self.scheduler.apply(&self.plan, &self.step, output, &mut report),
+                Err(error) => self.fail(error, &mut report),
+            }
+            self.steps += 1;
+        }
+        self.record_trace(now, &report);
+        report
+    }
+
+    fn run(&mut self) -> Result<StepOutput, RunnerError> {
+        let output = self.runner.run(&self.step)?;
+        let (answered, asked) = (output.rows.len(), self.step.rows.len());
+        if answered != asked {
+            return Err(RunnerError::Step(format!("the runner answered {answered} rows of {asked}")));
+        }
+        Ok(output)
+    }
+
+    fn fail(&mut self, error: RunnerError, report: &mut StepReport) {
+        match error {
+            RunnerError::Step(_) => self.scheduler.fail(&self.plan, &error, report),
+            RunnerError::Fatal(_) => {
+                self.scheduler.fail_all(&error, report);
+                report.fatal = Some(error.clone());
+            }
+        }
+        report.error = Some(error);
+    }
+
+    /// Puts a request into the queue. It starts in a later [`Engine::step`].
+    ///
+    /// # Errors
+    /// If it can never be served, or if the queue is full. A request that is preempted does not
+    /// count against the queue.
+    pub fn add(&mut self, request: Request) -> Result<(), AdmissionError> {
+        self.scheduler.add(request)
+    }
+
+    /// Gives a request up. Its blocks are free at once; the `Finished { Abort }` of each choice that
+    /// had not ended comes in the next [`StepReport`], and until then the id is in use. False if no
+    /// such request is alive.
+    pub fn abort(&mut self, request: RequestId) -> bool {
+        self.scheduler.abort(request)
+    }
+
+    /// Ends one choice because the caller found a stop string in its text. Its blocks are free at
+    /// once; its `Finished { Stop(None) }` comes in the next [`StepReport`]. False if the choice has
+    /// ended already, is unknown, or has not generated a token yet.
+    pub fn finish_choice(&mut self, request: RequestId, choice: u32) -> bool {
+        self.scheduler.finish_choice(request, choice)
+    }
+
+    /// Whether a step would do or report anything.
+    pub fn has_work(&self) -> bool {
+        let scheduler = &self.scheduler;
+        !(scheduler.running.is_empty() && scheduler.waiting.is_empty() && scheduler.pending.is_empty())
+    }
+
+    /// Forgets the content of all blocks. Running requests go on with the blocks they hold, which
+    /// nobody else will find, and publish nothing more. Always done; true if there was anything to
+    /// forget.
+    pub fn reset_prefix_cache(&mut self) -> bool {
+        self.scheduler.reset_prefix_cache()
+    }
+
+    pub fn config(&self) -> &EngineConfig {
+        &self.scheduler.config
+    }
+
+    pub fn runner(&self) -> &R {
+        &self.runner
+    }
+
+    pub fn runner_mut(&mut self) -> &mut R {
+        &mut self.runner
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        let scheduler = &self.scheduler;
+        let blocks = scheduler.pool.counts();
+        EngineStats {
+            running: scheduler.running.len() as u32,
+            waiting: scheduler.waiting.len() as u32,
+            blocks_total: scheduler.config.num_blocks,
+            blocks_held: blocks.held,
+            blocks_cached: blocks.cached,
+            blocks_free: blocks.free,
+            prefix_query_tokens: scheduler.counters.prefix_query_tokens,
+            prefix_hit_tokens: scheduler.counters.prefix_hit_tokens,
+            preemptions: scheduler.counters.preemptions,
+        }
+    }
+
+    /// The state of everything, copied. O(sequences and blocks): for a page that people look at, not
+    /// for every step.
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let scheduler = &self.scheduler;
+        EngineSnapshot {
+            steps: self.steps,
+            now: self.trace.now,
+            running: scheduler.running.iter().map(show_running).collect(),
+            waiting: scheduler.waiting.values().map(show_waiting).collect(),
+            blocks: (0..scheduler.config.num_blocks).map(|block| self.show_block(BlockId(block))).collect(),
+        }
+    }
+
+    fn show_block(&self, block: BlockId) -> u8 {
+        let pool = &self.scheduler.pool;
+        match pool.references(block) {
+            0 => u8::from(pool.is_published(block)),
+            held => u8::try_from(held).map_or(u8::MAX, |held| held.saturating_add(1)),
+        }
+    }
+
+    /// What the last step did, as one line of a table.
+    pub fn trace(&self) -> StepTrace {
+        self.trace
+    }
+
+    fn record_trace(&mut self, now: Timestamp, report: &StepReport) {
+        let stats = self.stats();
+        let finished = report.events.iter().filter(|event| matches!(event, Event::Finished { .. }));
+        self.trace = StepTrace {
+            step: self.trace.step + 1,
+            now,
+            admitted: self.plan.admitted,
+            preempted: self.plan.preempted,
+            finished: finished.count() as u32,
+            decode_tokens: report.decode_tokens,
+            prefill_tokens: report.prefill_tokens,
+            copies: self.plan.copies.len() as u32,
+            failed: report.error.is_some(),
+            running: stats.running,
+            waiting: stats.waiting,
+            blocks_held: stats.blocks_held,
+            blocks_cached: stats.blocks_cached,
+            blocks_free: stats.blocks_free,
+        };
+    }
+
+    /// The conservation law: free + held + cached = all blocks, each block is held as often as it is
+    /// counted, the queues are in order, and every request that is alive is somewhere. For tests;
+    /// O(sequences and blocks).
+    ///
+    /// # Errors
+    /// The first breach found, in words.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.scheduler.check_integrity()
+    }
+}
+
+fn show_running(sequence: &Sequence) -> RunningSequence {
+    RunningSequence {
+        request: sequence.request.id,
+        choice: sequence.choice(),
+        priority: sequence.request.priority,
+        prompt_tokens: sequence.prompt_len() as u32,
+        tokens: sequence.tokens.len() as u32,
+        computed: sequence.computed as u32,
+        cached: sequence.cached as u32,
+        blocks: sequence.blocks.clone(),
+    }
+}
+
+fn show_waiting(sequence: &Sequence) -> WaitingSequence {
+    WaitingSequence {
+        request: sequence.request.id,
+        choice: sequence.choice(),
+        priority: sequence.request.priority,
+        prompt_tokens: sequence.prompt_len() as u32,
+        tokens: sequence.tokens.len() as u32,
+        preempted: sequence.preempted,
+        arrival: sequence.request.arrival,
     }
 }
