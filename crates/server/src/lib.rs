@@ -1,22 +1,31 @@
 //! One replica: HTTP, admission, the engine thread, streams, drain.
+//!
+//! The way of a request: `routes` (parse, refuse) - `admission` (429) - `model` (template, tokenizer, the
+//! engine's request) - `engine_thread` - `generation` (events to text) - `sse`. The life of the process:
+//! `server` - `loading` - `drain`.
 
+mod admission;
+mod app;
+mod auth;
+mod blocking;
+mod body;
+mod clock;
+mod drain;
+mod engine_thread;
+mod errors;
+mod generation;
+mod loading;
+mod logprobs;
+mod model;
 pub mod options;
+mod request_id;
+mod routes;
+mod run_ahead;
+mod server;
+mod sse;
 
-pub use options::{LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};
-
-/// Every route, as the metrics name it.
-pub const ROUTES: &[&str] = &[
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/models",
-    "/v1/models/{id}",
-    "/tokenize",
-    "/detokenize",
-    "/reset_prefix_cache",
-    "/live",
-    "/ready",
-    "/health",
-    "/metrics",
-    "/version",
-    "/state",
-];
+pub use options::{
+    LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions,
+};
+pub use routes::ROUTES;
+pub use server::{ServeError, Server, serve};

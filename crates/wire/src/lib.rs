@@ -26,5 +26,8 @@ pub use fields::{FieldError, Fields};
 pub use logprobs::{ChatLogprobs, CompletionLogprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TopLogprob};
 pub use message::{ChatMessage, Role};
 pub use models::{ModelCard, ModelList};
+pub use state::{
+    BlocksState, ConfigState, EngineState, PrefixCacheState, RunningState, StateSnapshot, WaitingState,
+};
 pub use tokenize::{DetokenizeRequest, Detokenized, TokenizeInput, TokenizeRequest, Tokenized};
 pub use usage::{FinishReason, PromptTokensDetails, StopReason, Usage};

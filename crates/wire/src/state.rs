@@ -24,8 +24,10 @@ pub struct EngineState {
     pub prefix_cache: PrefixCacheState,
     /// Since the start.
     pub preemptions: u64,
-    pub running: Vec<SequenceState>,
-    pub waiting: Vec<SequenceState>,
+    /// In order of precedence.
+    pub running: Vec<RunningState>,
+    /// In the order in which they will be admitted.
+    pub waiting: Vec<WaitingState>,
 }
 
 /// Sizes and limits of the engine.
@@ -49,6 +51,8 @@ pub struct BlocksState {
     pub held: u32,
     pub cached: u32,
     pub free: u32,
+    /// One number a block: 0 is free, 1 is cached, 1 + r is held by r sequences (at most 254 shown).
+    pub map: Vec<u8>,
 }
 
 /// Tokens looked up and found since the start.
@@ -58,17 +62,34 @@ pub struct PrefixCacheState {
     pub hit_tokens: u64,
 }
 
-/// One sequence that runs, or one that waits.
+/// A sequence that holds blocks.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SequenceState {
-    /// The request's id, as in the log and in `x-request-id`.
+pub struct RunningState {
+    /// As in the log and in `x-request-id`.
     pub request_id: String,
     pub choice: u32,
     pub priority: i32,
     pub prompt_tokens: u32,
-    pub output_tokens: u32,
-    /// Tokens whose keys and values are in the cache.
+    /// Prompt and output so far.
+    pub tokens: u32,
+    /// Those whose keys and values are in the cache.
     pub computed_tokens: u32,
+    /// Those that were found in the prefix cache.
+    pub cached_tokens: u32,
     /// Ids of the blocks that it holds.
     pub blocks: Vec<u32>,
+}
+
+/// A sequence that holds none.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WaitingState {
+    /// As in the log and in `x-request-id`.
+    pub request_id: String,
+    pub choice: u32,
+    pub priority: i32,
+    pub prompt_tokens: u32,
+    /// Prompt and output so far; more than the prompt only after a preemption.
+    pub tokens: u32,
+    pub preempted: bool,
+    pub waited_seconds: f64,
 }

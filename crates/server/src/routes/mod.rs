@@ -1,0 +1,104 @@
+//! The routes, and what every request passes on its way to them.
+
+mod chat;
+mod completions;
+mod health;
+mod models;
+mod operate;
+mod tokenize;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use http::{Method, Uri};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::app::{App, Arrived};
+use crate::errors::ApiError;
+use crate::request_id::with_request_id;
+
+/// Every route, as the metrics name it.
+pub const ROUTES: &[&str] = &[
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/models/{id}",
+    "/tokenize",
+    "/detokenize",
+    "/reset_prefix_cache",
+    "/live",
+    "/ready",
+    "/health",
+    "/metrics",
+    "/version",
+    "/state",
+];
+
+/// The replica's HTTP interface. Probes, metrics and the version are open to everybody; all else asks for
+/// a key if there are keys.
+pub fn router(app: Arc<App>) -> Router {
+    let guarded = Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/reset_prefix_cache", post(operate::reset_prefix_cache))
+        .route("/state", get(operate::state))
+        .route_layer(middleware::from_fn_with_state(app.clone(), check_key));
+    Router::new()
+        .route("/live", get(health::live))
+        .route("/ready", get(health::ready))
+        .route("/health", get(health::ready))
+        .route("/metrics", get(operate::metrics))
+        .route("/version", get(operate::version))
+        .merge(guarded)
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(app.clone(), observed))
+        .layer(middleware::from_fn(with_request_id))
+        .with_state(app)
+}
+
+async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, ApiError> {
+    app.api_keys.check(request.headers())?;
+    Ok(next.run(request).await)
+}
+
+/// Notes when the request came and counts its answer.
+async fn observed(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    request.extensions_mut().insert(Arrived(app.clock.now()));
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let response = next.run(request).await;
+    let (status, route) = (response.status().as_u16(), route.as_ref().map(MatchedPath::as_str));
+    let route = route.map(|route| if route == "/v1/models/{*id}" { "/v1/models/{id}" } else { route });
+    app.metrics.observe_http(route, status);
+    tracing::debug!(%method, path, status, "answered");
+    response
+}
+
+async fn no_such_route(uri: Uri) -> ApiError {
+    ApiError::NoSuchRoute { path: uri.path().chars().take(200).collect() }
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    let advice = if method == Method::GET { "use POST" } else { "use GET or POST, see the Allow header" };
+    ApiError::WrongMethod { method: method.to_string(), path: uri.path().chars().take(200).collect(), advice }
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    ApiError::Internal(format!("a handler panicked: {text}")).into_response()
+}

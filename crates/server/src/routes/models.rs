@@ -1,0 +1,42 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use servelab_wire::{ModelCard, ModelList};
+
+use crate::app::App;
+use crate::errors::ApiError;
+
+pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiError> {
+    let cards = app.served_model_names.iter().map(|name| card(&app, name));
+    Ok(Json(ModelList::new(cards.collect::<Result<_, _>>()?)))
+}
+
+/// A name may hold slashes, as hub ids do.
+pub async fn retrieve(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    app.check_name(Some(&name))?;
+    Ok(Json(card(&app, &name)?))
+}
+
+/// # Errors
+/// Until the model is loaded: its root and its context length are not known before.
+fn card(app: &App, name: &str) -> Result<ModelCard, ApiError> {
+    let model = match app.loaded_model() {
+        Some(model) => model,
+        None => app.model()?,
+    };
+    Ok(ModelCard {
+        id: name.to_owned(),
+        object: "model".into(),
+        created: app.clock.started_unix(),
+        owned_by: "servelab".into(),
+        root: model.root.clone(),
+        parent: None,
+        max_model_len: model.engine.max_model_len,
+    })
+}

@@ -1,0 +1,173 @@
+//! Binding, loading, serving, and the way down.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use servelab_engine::ConfigError;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::app::{App, Phase};
+use crate::auth::{ApiKeys, UnusableKey};
+use crate::clock::Clock;
+use crate::drain::drain;
+use crate::engine_thread::{EngineEnd, Heartbeat};
+use crate::loading::{self, Loading};
+use crate::options::{LoadError, ServerOptions};
+use crate::routes::router;
+
+/// How long connections have, after the last request has ended, to take what is left for them.
+const LAST_BYTES: Duration = Duration::from_secs(5);
+
+/// Why a replica cannot serve, or served no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen on {address}: {source}; choose another --host or --port, or stop what listens there")]
+    Bind { address: String, source: std::io::Error },
+    #[error("no served model name was given; give at least one")]
+    NoName,
+    #[error(transparent)]
+    ApiKey(#[from] UnusableKey),
+    #[error("cannot load the model: {0}")]
+    Load(#[from] LoadError),
+    #[error("the engine's settings do not fit together: {0}")]
+    Engine(#[from] ConfigError),
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(std::io::Error),
+    #[error("the model can compute no more: {0}")]
+    Runner(String),
+    #[error("the HTTP server failed: {0}")]
+    Http(std::io::Error),
+}
+
+/// A replica that listens and does not answer yet.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    options: ServerOptions,
+    api_keys: ApiKeys,
+}
+
+impl Server {
+    /// Takes the address. Connections queue until [`Server::run`].
+    ///
+    /// # Errors
+    /// If the address is taken or wrong, or an option cannot be used.
+    pub async fn bind(options: ServerOptions) -> Result<Self, ServeError> {
+        if options.served_model_names.is_empty() {
+            return Err(ServeError::NoName);
+        }
+        let api_keys = ApiKeys::new(&options.api_keys)?;
+        let failed = |source| ServeError::Bind {
+            address: format!("{}:{}", options.host, options.port),
+            source,
+        };
+        let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        Ok(Self { listener, address, options, api_keys })
+    }
+
+    /// The address taken; tells the port where 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Loads the model, serves until `shutdown` is ready, drains, and returns when every answer is out.
+    ///
+    /// The server answers from the start: it is live while it loads, and ready once it has loaded.
+    ///
+    /// # Errors
+    /// If the model cannot be loaded or its device is lost. Answers under way have ended with an error by
+    /// then, and the process should end with a code other than 0.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServeError> {
+        let Self { listener, options, api_keys, .. } = self;
+        let (clock, heartbeat) = (Clock::start(), Arc::new(Heartbeat::default()));
+        let app = Arc::new(App::new(&options, api_keys, heartbeat, clock));
+        let drain_timeout = options.drain_timeout;
+        let loading = loading::spawn(options, app.clone()).map_err(ServeError::Thread)?;
+        let (down, going_down) = oneshot::channel::<()>();
+        // A token is a small write, and it must not wait for the acknowledgement of the last one.
+        let listener = listener.tap_io(|connection| {
+            let _ = connection.set_nodelay(true);
+        });
+        let http = axum::serve(listener, router(app.clone())).with_graceful_shutdown(async {
+            let _ = going_down.await;
+        });
+        let mut http = tokio::spawn(http.into_future());
+        let outcome = tokio::select! {
+            outcome = live(&app, loading, shutdown, drain_timeout) => outcome,
+            ended = &mut http => return Err(ServeError::Http(http_error(ended))),
+        };
+        let _ = down.send(());
+        // Readers that do not read get no more than that.
+        if tokio::time::timeout(LAST_BYTES, &mut http).await.is_err() {
+            http.abort();
+        }
+        outcome
+    }
+}
+
+/// Serves with the given options until `shutdown` is ready.
+///
+/// # Errors
+/// As [`Server::bind`] and [`Server::run`].
+pub async fn serve(
+    options: ServerOptions,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    Server::bind(options).await?.run(shutdown).await
+}
+
+fn http_error(ended: Result<std::io::Result<()>, tokio::task::JoinError>) -> std::io::Error {
+    match ended {
+        Ok(Err(error)) => error,
+        Ok(Ok(())) => std::io::Error::other("it ended by itself"),
+        Err(error) => std::io::Error::other(error),
+    }
+}
+
+/// From loading to the moment when nothing is left to do but to let the last bytes out.
+async fn live(
+    app: &App,
+    loading: Loading,
+    shutdown: impl Future<Output = ()>,
+    drain_timeout: Duration,
+) -> Result<(), ServeError> {
+    tokio::pin!(shutdown);
+    let Loading { loaded, mut ended } = loading;
+    tokio::select! {
+        loaded = loaded => match loaded {
+            Ok(Ok(model)) => app.loaded(model),
+            Ok(Err(error)) => {
+                app.enter(Phase::Failed);
+                return Err(error);
+            }
+            Err(_) => {
+                app.enter(Phase::Failed);
+                return Err(LoadError("the loader panicked; its message stands above".into()).into());
+            }
+        },
+        () = &mut shutdown => {
+            app.enter(Phase::Draining);
+            return Ok(());
+        }
+    }
+    tracing::info!(model = app.model_name(), seconds = app.clock.now().as_secs_f64(), "ready");
+    tokio::select! {
+        end = &mut ended => {
+            app.enter(Phase::Failed);
+            let text = match end {
+                Ok(EngineEnd::Failed(text)) => text,
+                Ok(EngineEnd::Stopped) | Err(_) => "its thread ended".to_owned(),
+            };
+            tracing::error!(error = text, "the engine is lost");
+            return Err(ServeError::Runner(text));
+        }
+        () = &mut shutdown => {}
+    }
+    drain(app, drain_timeout, ended).await;
+    Ok(())
+}

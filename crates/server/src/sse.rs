@@ -1,0 +1,58 @@
+//! A stream of chunks as server-sent events. Dropping the body drops the generation behind it, which
+//! gives up what is not finished: that is how a client that goes away becomes an abort.
+
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
+
+use axum::body::{Body, Bytes};
+use axum::response::Response;
+use futures::{Stream, StreamExt};
+use http::{HeaderValue, header};
+use serde::Serialize;
+use servelab_wire::sse;
+
+use crate::errors::ApiError;
+
+/// Answers with the chunks and `[DONE]`. An error ends the stream with an event in OpenAI's shape, and
+/// without `[DONE]`: the answer is not whole.
+pub fn respond<T, S>(chunks: S) -> Response
+where
+    T: Serialize + 'static,
+    S: Stream<Item = Result<T, ApiError>> + Send + 'static,
+{
+    // A panic in the making of a chunk is this request's end and nobody else's.
+    let chunks = AssertUnwindSafe(chunks).catch_unwind();
+    let frames = async_stream::stream! {
+        tokio::pin!(chunks);
+        while let Some(chunk) = chunks.next().await {
+            match chunk.unwrap_or_else(|_| Err(ApiError::Internal("a stream panicked".into()))) {
+                Ok(chunk) => match sse::frame(&chunk) {
+                    Ok(frame) => yield frame,
+                    Err(error) => {
+                        yield error_frame(&ApiError::Internal(error.to_string()));
+                        return;
+                    }
+                },
+                Err(error) => {
+                    yield error_frame(&error);
+                    return;
+                }
+            }
+        }
+        yield sse::DONE.to_owned();
+    };
+    let mut response = Response::new(Body::from_stream(frames.map(|frame| Ok::<_, Infallible>(Bytes::from(frame)))));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Tells nginx and those who follow it to pass each event on at once.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+fn error_frame(error: &ApiError) -> String {
+    if let Some(detail) = error.log_detail() {
+        tracing::error!(detail, "a stream failed");
+    }
+    sse::frame(&error.envelope()).unwrap_or_default()
+}
