@@ -1,0 +1,130 @@
+//! What this machine can do at most, measured, so that a report can stand a figure beside its limit.
+#![allow(unsafe_code)]
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use super::buffer::Buffer;
+use super::level::Kernels;
+use super::simd::{Operation, Simd};
+
+/// Limits of the machine with the threads and the level of the [`Kernels`] that measured them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Bytes a second that all threads together read from memory in a stream.
+    pub read_bytes_per_second: f64,
+    /// f32 operations a second of multiply-adds on registers, two each, all threads together.
+    pub f32_flops_per_second: f64,
+}
+
+/// Measures both; takes some tenths of a second and `bytes` of memory, which should be several times
+/// the last-level cache (256 MiB serves).
+pub fn measure(kernels: &Kernels, bytes: usize) -> Limits {
+    Limits {
+        read_bytes_per_second: read_rate(kernels, bytes),
+        f32_flops_per_second: multiply_add_rate(kernels),
+    }
+}
+
+/// The best of several passes over a buffer, each thread taking parts of it.
+fn read_rate(kernels: &Kernels, bytes: usize) -> f64 {
+    const PART: usize = 256 << 10;
+    let parts = (bytes / PART).max(1);
+    let mut buffer = Buffer::zeroed(parts * PART);
+    // SAFETY: the whole buffer; written so that it is backed by memory of its own.
+    unsafe { buffer.as_mut_ptr().write_bytes(1, parts * PART) };
+    let pass = || {
+        kernels.pool().run(parts, &|part| {
+            // SAFETY: within the buffer, which is aligned, and any bits are an f32.
+            let part = unsafe {
+                std::slice::from_raw_parts(buffer.as_ptr().add(part * PART).cast::<f32>(), PART / 4)
+            };
+            black_box(kernels.level().run(Read(part)));
+        });
+    };
+    (parts * PART) as f64 / best_seconds(8, pass)
+}
+
+fn multiply_add_rate(kernels: &Kernels) -> f64 {
+    const ROUNDS: usize = 1_000_000;
+    let threads = kernels.pool().threads();
+    let pass = || {
+        kernels.pool().run(threads, &|_| {
+            black_box(kernels.level().run(MultiplyAdd(black_box(ROUNDS))));
+        });
+    };
+    struct Lanes;
+    impl Operation for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) -> usize {
+            S::LANES
+        }
+    }
+    let lanes = kernels.level().run(Lanes);
+    (threads * ROUNDS * CHAINS * lanes * 2) as f64 / best_seconds(8, pass)
+}
+
+fn best_seconds(repetitions: usize, pass: impl Fn()) -> f64 {
+    let timed = |_| {
+        let start = Instant::now();
+        pass();
+        start.elapsed().as_secs_f64()
+    };
+    (0..repetitions).map(timed).fold(f64::INFINITY, f64::min)
+}
+
+/// Reads all of it with eight loads in flight.
+struct Read<'a>(&'a [f32]);
+
+impl Operation for Read<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.zero(); 8];
+        for chunk in self.0.chunks_exact(8 * S::LANES) {
+            for (index, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the chunk is 8 vectors long.
+                *sum = s.add(*sum, unsafe { s.load(chunk.as_ptr().add(index * S::LANES)) });
+            }
+        }
+        sums.into_iter().map(|sum| s.sum(sum)).sum()
+    }
+}
+
+/// Independent chains: more than latency times ports, and no more than the registers hold.
+const CHAINS: usize = 12;
+
+struct MultiplyAdd(usize);
+
+impl Operation for MultiplyAdd {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.splat(1.0); CHAINS];
+        let factor = s.splat(black_box(0.999));
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = s.fma(*sum, factor, factor);
+            }
+        }
+        sums.into_iter().map(|sum| s.sum(sum)).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::test_support::kernels_of_all_levels;
+
+    #[test]
+    fn limits_are_positive_and_finite() {
+        for kernels in kernels_of_all_levels(2) {
+            let limits = measure(&kernels, 4 << 20);
+            assert!(limits.read_bytes_per_second.is_normal() && limits.read_bytes_per_second > 0.0);
+            assert!(limits.f32_flops_per_second.is_normal() && limits.f32_flops_per_second > 0.0);
+        }
+    }
+}
