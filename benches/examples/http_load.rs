@@ -40,9 +40,8 @@ async fn main() -> Result<(), Failure> {
     let next = Arc::new(AtomicU64::new(0));
     let http = reqwest::Client::new();
     let started = Instant::now();
-    let clients: Vec<_> = (0..load.clients)
-        .map(|_| tokio::spawn(client(load.clone(), next.clone(), http.clone())))
-        .collect();
+    let clients: Vec<_> =
+        (0..load.clients).map(|_| tokio::spawn(client(load.clone(), next.clone(), http.clone()))).collect();
     let mut timings = Vec::new();
     for client in clients {
         timings.extend(client.await??);
