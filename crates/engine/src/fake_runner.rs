@@ -92,8 +92,9 @@ impl FakeRunner {
         self.logprobs(*values.last().unwrap_or(&0), target, top)
     }
 
+    /// Last copy first: no order may matter.
     fn copy(&mut self, step: &Step) {
-        for (from, to) in &step.copies {
+        for (from, to) in step.copies.iter().rev() {
             let (from, to) = (from.0 as usize * self.block_size, to.0 as usize * self.block_size);
             self.memory.copy_within(from..from + self.block_size, to);
         }

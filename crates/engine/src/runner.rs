@@ -25,6 +25,8 @@ pub struct Step {
     pub blocks: Vec<BlockId>,
     pub sequences: Vec<StepSequence>,
     /// Blocks to copy (from, to) before anything is computed: copy on write of forked sequences.
+    /// No block is both a source and a destination, and no two copies have the same destination, so
+    /// that they can be done in any order or at once.
     pub copies: Vec<(BlockId, BlockId)>,
     /// Rows whose logits are wanted, in ascending order of `row`.
     pub rows: Vec<LogitsRow>,
