@@ -38,7 +38,9 @@ impl Padded {
 
 /// A key that cannot be used. Says which, not what.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("API key number {number} is empty or longer than {MAX_KEY_BYTES} bytes; give 1 to {MAX_KEY_BYTES} bytes")]
+#[error(
+    "API key number {number} is empty or longer than {MAX_KEY_BYTES} bytes; give 1 to {MAX_KEY_BYTES} bytes"
+)]
 pub struct UnusableKey {
     pub number: usize,
 }
@@ -49,9 +51,10 @@ impl ApiKeys {
     /// # Errors
     /// If a key is empty or longer than [`MAX_KEY_BYTES`].
     pub fn new(keys: &[Secret]) -> Result<Self, UnusableKey> {
-        let keys = keys.iter().enumerate().map(|(at, key)| {
-            Padded::new(key.expose().as_bytes()).ok_or(UnusableKey { number: at + 1 })
-        });
+        let keys = keys
+            .iter()
+            .enumerate()
+            .map(|(at, key)| Padded::new(key.expose().as_bytes()).ok_or(UnusableKey { number: at + 1 }));
         Ok(Self { keys: keys.collect::<Result<_, _>>()? })
     }
 
@@ -64,7 +67,11 @@ impl ApiKeys {
         let presented = bearer(headers).ok_or(ApiError::NoKey)?;
         let presented = Padded::new(presented).ok_or(ApiError::WrongKey)?;
         let matches = |found: Choice, key: &Padded| found | key.equals(&presented);
-        if bool::from(self.keys.iter().fold(Choice::from(0), matches)) { Ok(()) } else { Err(ApiError::WrongKey) }
+        if bool::from(self.keys.iter().fold(Choice::from(0), matches)) {
+            Ok(())
+        } else {
+            Err(ApiError::WrongKey)
+        }
     }
 }
 
@@ -93,7 +100,8 @@ mod tests {
         for open in ["Bearer first", "bearer second", "BEARER  first "] {
             assert!(keys.check(&with(open)).is_ok(), "{open}");
         }
-        for shut in ["Bearer firs", "Bearer first\0", "Bearer firstsecond", "Basic first", "first", "Bearer "] {
+        for shut in ["Bearer firs", "Bearer first\0", "Bearer firstsecond", "Basic first", "first", "Bearer "]
+        {
             if let Ok(value) = shut.parse() {
                 let headers = HeaderMap::from_iter([(header::AUTHORIZATION, value)]);
                 assert!(keys.check(&headers).is_err(), "{shut}");

@@ -29,7 +29,10 @@ pub enum Command {
     /// The client is gone, or wants no more.
     Abort(RequestId),
     /// A stop string was found in the choice's text.
-    FinishChoice { request: RequestId, choice: u32 },
+    FinishChoice {
+        request: RequestId,
+        choice: u32,
+    },
     /// Answers whether there was anything to forget.
     ResetPrefixCache(oneshot::Sender<bool>),
     Snapshot(oneshot::Sender<EngineReport>),
@@ -62,11 +65,20 @@ pub enum RequestEvent {
     Refused(AdmissionError),
     Accepted,
     /// The first token comes next (or the log-probabilities of the prompt).
-    Started { cached_tokens: u32 },
+    Started {
+        cached_tokens: u32,
+    },
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
-    Token { choice: u32, token: TokenId, logprobs: Option<TokenLogprobs> },
+    Token {
+        choice: u32,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+    },
     /// The last event of a choice.
-    Finished { choice: u32, reason: FinishReason },
+    Finished {
+        choice: u32,
+        reason: FinishReason,
+    },
 }
 
 impl RequestEvent {
@@ -236,8 +248,7 @@ impl EngineThread {
             self.heartbeat.progressed(self.clock.now());
         }
         events.send(RequestEvent::Accepted);
-        let timings =
-            RequestTimings::new(self.metrics.clone(), arrived, queued, prompt_tokens, open_choices);
+        let timings = RequestTimings::new(self.metrics.clone(), arrived, queued, prompt_tokens, open_choices);
         let live = Live {
             events,
             timings,
@@ -295,7 +306,9 @@ impl EngineThread {
         let Some(live) = self.live.get_mut(&id) else { return };
         match event {
             Event::Scheduled { cached_tokens, .. } => live.scheduled(now, cached_tokens),
-            Event::PromptLogprobs { logprobs, .. } => live.events.send(RequestEvent::PromptLogprobs(logprobs)),
+            Event::PromptLogprobs { logprobs, .. } => {
+                live.events.send(RequestEvent::PromptLogprobs(logprobs))
+            }
             Event::Token { choice, token, logprobs, .. } => {
                 live.timings.token(now, choice);
                 live.events.send(RequestEvent::Token { choice, token, logprobs });
@@ -354,7 +367,8 @@ impl Live {
 impl EventSender {
     /// Never waits. The receiver may be gone; then its guard has sent, or is about to send, an abort.
     fn send(&self, event: RequestEvent) {
-        if let Err(mpsc::error::TrySendError::Full((part, event))) = self.sender.try_send((self.part, event)) {
+        if let Err(mpsc::error::TrySendError::Full((part, event))) = self.sender.try_send((self.part, event))
+        {
             // The bound is the number of events that can come: see RequestEvent::most.
             tracing::error!(part, ?event, "an event channel was full; the event is lost");
         }

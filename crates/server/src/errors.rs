@@ -37,7 +37,9 @@ pub enum ApiError {
     Admission(AdmissionError),
     #[error("{live} requests are running or waiting, which is the limit; try again in {} s", .retry_after.as_secs())]
     QueueFull { live: usize, retry_after: Duration },
-    #[error("the request needs {places} places in the queue and there are {limit}; send fewer prompts at once")]
+    #[error(
+        "the request needs {places} places in the queue and there are {limit}; send fewer prompts at once"
+    )]
     TooManyPrompts { places: usize, limit: usize },
     #[error("the model is still loading; try again in {} s", .0.as_secs())]
     Loading(Duration),
@@ -113,9 +115,7 @@ impl ApiError {
             Self::NoKey | Self::WrongKey => {
                 (StatusCode::UNAUTHORIZED, AuthenticationError, Some("invalid_api_key"))
             }
-            Self::NoSuchModel { .. } => {
-                (StatusCode::NOT_FOUND, InvalidRequestError, Some("model_not_found"))
-            }
+            Self::NoSuchModel { .. } => (StatusCode::NOT_FOUND, InvalidRequestError, Some("model_not_found")),
             Self::NoSuchRoute { .. } => (StatusCode::NOT_FOUND, NotFoundError, Some("not_found")),
             Self::WrongMethod { .. } => {
                 (StatusCode::METHOD_NOT_ALLOWED, InvalidRequestError, Some("method_not_allowed"))

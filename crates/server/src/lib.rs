@@ -24,8 +24,6 @@ mod run_ahead;
 mod server;
 mod sse;
 
-pub use options::{
-    LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions,
-};
+pub use options::{LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};
 pub use routes::ROUTES;
 pub use server::{ServeError, Server, serve};

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::admission::Admission;
 use crate::app::App;
 use crate::blocking::Blocking;
-use crate::engine_thread::{Command, EngineEnd, EngineThread};
+use crate::engine_thread::{EngineEnd, EngineThread};
 use crate::model::Model;
 use crate::options::{LoadError, LoadedModel, ServerOptions};
 use crate::server::ServeError;

@@ -4,9 +4,7 @@ use std::hash::Hasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use servelab_engine::{
-    EngineConfig, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId,
-};
+use servelab_engine::{EngineConfig, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
 use servelab_text::{ChatInput, ChatTemplate, Tokenizer};
 use servelab_wire::{ChatMessage, CommonFields, FieldError};
 use tokio::sync::mpsc;

@@ -25,7 +25,9 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 /// Why a replica cannot serve, or served no longer.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("cannot listen on {address}: {source}; choose another --host or --port, or stop what listens there")]
+    #[error(
+        "cannot listen on {address}: {source}; choose another --host or --port, or stop what listens there"
+    )]
     Bind { address: String, source: std::io::Error },
     #[error("no served model name was given; give at least one")]
     NoName,
@@ -61,10 +63,8 @@ impl Server {
             return Err(ServeError::NoName);
         }
         let api_keys = ApiKeys::new(&options.api_keys)?;
-        let failed = |source| ServeError::Bind {
-            address: format!("{}:{}", options.host, options.port),
-            source,
-        };
+        let failed =
+            |source| ServeError::Bind { address: format!("{}:{}", options.host, options.port), source };
         let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         Ok(Self { listener, address, options, api_keys })

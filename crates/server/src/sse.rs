@@ -17,7 +17,7 @@ use crate::errors::ApiError;
 /// without `[DONE]`: the answer is not whole.
 pub fn respond<T, S>(chunks: S) -> Response
 where
-    T: Serialize + 'static,
+    T: Serialize + Send + 'static,
     S: Stream<Item = Result<T, ApiError>> + Send + 'static,
 {
     // A panic in the making of a chunk is this request's end and nobody else's.
@@ -41,7 +41,8 @@ where
         }
         yield sse::DONE.to_owned();
     };
-    let mut response = Response::new(Body::from_stream(frames.map(|frame| Ok::<_, Infallible>(Bytes::from(frame)))));
+    let mut response =
+        Response::new(Body::from_stream(frames.map(|frame| Ok::<_, Infallible>(Bytes::from(frame)))));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -167,7 +167,10 @@ impl Fields {
             None => Ok(()),
             Some((name, _)) => {
                 let param = self.path(&shortened(name));
-                Err(FieldError::new(param.clone(), format!("{param} is not a field of this request; remove it")))
+                Err(FieldError::new(
+                    param.clone(),
+                    format!("{param} is not a field of this request; remove it"),
+                ))
             }
         }
     }
@@ -206,14 +209,10 @@ fn whole(number: &Number) -> Option<i64> {
 /// # Errors
 /// If `value` is no number within `range`.
 pub fn number(value: &Value, path: &str, range: RangeInclusive<f64>) -> Result<f32, FieldError> {
-    value
-        .as_f64()
-        .filter(|number| range.contains(number))
-        .map(|number| number as f32)
-        .ok_or_else(|| {
-            let wanted = format!("a number from {} to {}", range.start(), range.end());
-            FieldError::wanted(path, &wanted, value)
-        })
+    value.as_f64().filter(|number| range.contains(number)).map(|number| number as f32).ok_or_else(|| {
+        let wanted = format!("a number from {} to {}", range.start(), range.end());
+        FieldError::wanted(path, &wanted, value)
+    })
 }
 
 /// # Errors

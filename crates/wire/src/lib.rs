@@ -23,7 +23,9 @@ pub use common::{CommonFields, StreamOptions};
 pub use completions::{Completion, CompletionChoice, CompletionRequest, Prompt};
 pub use error::{ErrorBody, ErrorEnvelope, ErrorType};
 pub use fields::{FieldError, Fields};
-pub use logprobs::{ChatLogprobs, CompletionLogprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TopLogprob};
+pub use logprobs::{
+    ChatLogprobs, CompletionLogprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TopLogprob,
+};
 pub use message::{ChatMessage, Role};
 pub use models::{ModelCard, ModelList};
 pub use state::{

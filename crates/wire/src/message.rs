@@ -47,7 +47,8 @@ impl ChatMessage {
         let path = format!("messages[{at}]");
         let mut fields = Fields::of(value, &path)?;
         let role = role(&mut fields)?;
-        let content = fields.take("content").map(|value| content(value, &fields.path("content"))).transpose()?;
+        let content =
+            fields.take("content").map(|value| content(value, &fields.path("content"))).transpose()?;
         let name = fields.string("name")?;
         let tool_calls = if role == Role::Assistant { tool_calls(&mut fields)? } else { None };
         let tool_call_id = if role == Role::Tool { fields.string("tool_call_id")? } else { None };

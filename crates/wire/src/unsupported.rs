@@ -100,7 +100,10 @@ pub fn refuse_the_rest(fields: &Fields, api: Api) -> Result<(), FieldError> {
         match known {
             None => {
                 let name = shortened(name);
-                Err(FieldError::new(name.clone(), format!("{name} is not a field of this request; remove it")))
+                Err(FieldError::new(
+                    name.clone(),
+                    format!("{name} is not a field of this request; remove it"),
+                ))
             }
             Some(field) if field.is_harmless(value) => Ok(()),
             Some(field) => Err(FieldError::new(field.name, field.refusal())),

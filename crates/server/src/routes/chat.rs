@@ -192,8 +192,7 @@ impl ChunkWriter {
 
     fn role(&self, index: u32, usage: Usage) -> ChatChunk {
         let delta = ChatDelta { role: Some("assistant".into()), content: Some(String::new()) };
-        let choice =
-            ChatChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None };
+        let choice = ChatChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None };
         self.chunk(vec![choice], self.running_usage(usage))
     }
 

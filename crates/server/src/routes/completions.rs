@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 use futures::{Stream, StreamExt};
 use servelab_engine::{TokenId, TokenLogprobs};
 use servelab_wire::{
