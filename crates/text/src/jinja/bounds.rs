@@ -7,13 +7,15 @@ use minijinja::{Error, ErrorKind, State};
 /// Instructions of one rendering. A message of the busiest templates takes a few hundred.
 pub(crate) const FUEL: u64 = 5_000_000;
 /// Size of a template's source; the longest of known models have about 20 KiB.
-pub(crate) const MAX_SOURCE_BYTES: usize = 1 << 20;
+pub(crate) const MAX_SOURCE_BYTES: usize = 128 << 10;
 /// Bytes of one value while it is worked on, and of the prompt.
 pub(crate) const MAX_VALUE_BYTES: usize = 16 << 20;
 /// Bytes that one rendering may produce, prompt and intermediate values together.
 pub(crate) const MAX_PRODUCED_BYTES: usize = 256 << 20;
 /// Bytes that the operations of one rendering may read.
-pub(crate) const MAX_WORK_BYTES: usize = 4 << 30;
+pub(crate) const MAX_WORK_BYTES: usize = 1 << 30;
+/// What a byte of text counts that is read as a character and not as a block of memory.
+pub(crate) const CHAR_WORK: usize = 4;
 /// Nesting of values. JSON from a request has at most 128 levels.
 pub(crate) const MAX_DEPTH: usize = 160;
 

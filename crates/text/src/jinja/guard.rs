@@ -15,7 +15,9 @@ use minijinja::machinery::{Instruction, Instructions};
 use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 
-use super::bounds::{Bounded, MAX_DEPTH, MAX_VALUE_BYTES, limit_reached, spend_produced, spend_work};
+use super::bounds::{
+    Bounded, CHAR_WORK, MAX_DEPTH, MAX_VALUE_BYTES, limit_reached, spend_produced, spend_work,
+};
 use super::python;
 
 /// Parts of one value: items, keys and what they contain.
@@ -158,7 +160,7 @@ pub(crate) fn read(state: &mut State, value: &Value) -> Result<(), Error> {
 /// Counts a value whose text or items, but not what is in them, are about to be read.
 pub(crate) fn read_items(state: &mut State, value: &Value) -> Result<(), Error> {
     match value.as_str() {
-        Some(text) => spend_work(state, text.len()),
+        Some(text) => spend_work(state, text.len() * CHAR_WORK),
         None => spend_work(state, value.len().unwrap_or(0) * NODE_BYTES),
     }
 }

@@ -5,7 +5,7 @@ use minijinja::value::{Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::bounds::{Bounded, MAX_VALUE_BYTES, limit_reached, spend_produced, spend_work};
+use super::bounds::{Bounded, CHAR_WORK, MAX_VALUE_BYTES, limit_reached, spend_produced, spend_work};
 use super::python::{split_kwargs, write_str};
 
 /// Items that one value may have: a split of a long text by one character.
@@ -15,7 +15,9 @@ const MAX_SPLIT_ITEMS: usize = 1 << 20;
 pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let texts = std::iter::once(value).chain(args).filter_map(Value::as_str);
     let work: usize = texts.map(str::len).sum();
-    spend_work(state, work)?;
+    // These two look at one end only, at whatever length.
+    let short = matches!(method, "startswith" | "endswith");
+    spend_work(state, if short { 0 } else { work * CHAR_WORK })?;
     let result = match value.as_str() {
         Some(text) => match string_method(text, method, args)? {
             Some(result) => result,
@@ -113,28 +115,25 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Value, Error> {
     }
 }
 
-/// Splits at runs of white space at most `splits` times; the rest keeps its inner white space.
+/// Splits at runs of white space at most `splits` times; what is left then keeps the white space at its far end.
 fn split_whitespace(text: &str, splits: usize, from_right: bool) -> Vec<&str> {
-    let mut rest = text.trim();
     let mut parts = Vec::new();
-    while !rest.is_empty() {
+    let mut rest = text;
+    loop {
+        rest = if from_right { rest.trim_end() } else { rest.trim_start() };
+        if rest.is_empty() {
+            break;
+        }
         let cut = match from_right {
             true => rest.rfind(char::is_whitespace).map(|at| {
                 let width = rest[at..].chars().next().map_or(1, char::len_utf8);
-                (&rest[at + width..], rest[..at].trim_end())
+                (&rest[at + width..], &rest[..at])
             }),
-            false => rest.find(char::is_whitespace).map(|at| (&rest[..at], rest[at..].trim_start())),
+            false => rest.find(char::is_whitespace).map(|at| rest.split_at(at)),
         };
-        match cut.filter(|_| parts.len() < splits) {
-            Some((part, remaining)) => {
-                parts.push(part);
-                rest = remaining;
-            }
-            None => {
-                parts.push(rest);
-                break;
-            }
-        }
+        let (part, remaining) = cut.filter(|_| parts.len() < splits).unwrap_or((rest, ""));
+        parts.push(part);
+        rest = remaining;
     }
     if from_right {
         parts.reverse();

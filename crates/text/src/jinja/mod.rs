@@ -20,6 +20,10 @@ use bounds::{FUEL, LimitReached, MAX_SOURCE_BYTES, MAX_VALUE_BYTES, limit_reache
 
 const NAME: &str = "chat_template";
 
+/// The parser and the code generator recurse once per operator: `- - - 1`, `1 + 1 + 1`. With a source of
+/// [`MAX_SOURCE_BYTES`] in which every other byte is one, this is enough; only what is used becomes real memory.
+const COMPILE_STACK_BYTES: usize = 512 << 20;
+
 /// A compiled template: immutable, shared between threads.
 #[derive(Debug)]
 pub(crate) struct Template {
@@ -43,9 +47,14 @@ impl Template {
             parsed.add_template_owned(NAME, generation_as_with(source))?;
             Ok(Template { parsed, running, source: source.to_owned() })
         };
-        match catch_unwind(AssertUnwindSafe(compile)) {
-            Ok(compiled) => compiled.map_err(|error| fault(error.to_string())),
-            Err(_) => Err(fault("the template engine panicked on it".into())),
+        let compiled = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("template".into()).stack_size(COMPILE_STACK_BYTES);
+            thread.spawn_scoped(scope, compile).map(|running| running.join())
+        });
+        match compiled {
+            Ok(Ok(template)) => template.map_err(|error| fault(error.to_string())),
+            Ok(Err(_)) => Err(fault("the template engine panicked on it".into())),
+            Err(error) => Err(fault(format!("no thread to compile it on: {error}"))),
         }
     }
 

@@ -44,7 +44,29 @@ fn endless_recursion_ends() {
     assert!(outcome(&deep).is_err());
     assert!(outcome(&format!("{{{{ {}1{} }}}}", "(".repeat(50_000), ")".repeat(50_000))).is_err());
     assert!(outcome(&format!("{{{{ {}1{} }}}}", "[".repeat(50_000), "]".repeat(50_000))).is_err());
-    assert!(outcome(&format!("{{{{ {}1 }}}}", "not ".repeat(50_000))).is_err());
+}
+
+#[test]
+fn long_chains_of_operators_do_not_overflow_the_stack() {
+    // Valid Jinja, within the bound on the source: any result will do, but not the end of the process.
+    for (operator, count) in
+        [("not ", 30_000), ("-", 100_000), ("1+", 60_000), ("'a'~", 30_000), ("1 if 1 else ", 9_000)]
+    {
+        let _either = outcome(&format!("{{{{ {}1 }}}}", operator.repeat(count)));
+        let _either = outcome(&format!("{{{{ messages|length + {}1 }}}}", operator.repeat(count)));
+    }
+    for (link, count) in
+        [("|string", 15_000), (".a", 60_000), ("[0]", 40_000), (" == 1", 20_000), (" and 1", 20_000)]
+    {
+        let _either = outcome(&format!("{{{{ messages{} }}}}", link.repeat(count)));
+    }
+    let _either = outcome(&format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(10_000)));
+    assert!(outcome(&"x".repeat(200_000)).is_err());
+}
+
+#[test]
+fn a_template_of_one_long_text_is_fine() {
+    assert_eq!(outcome(&"x".repeat(100_000)).unwrap().len(), 100_000);
 }
 
 #[test]
