@@ -226,7 +226,8 @@ impl BlockPool {
 
     /// Finds the longest published prefix of `tokens`, `limit` blocks at most. Nothing is held yet.
     pub fn longest_prefix(&self, tokens: &[TokenId], chain: &mut HashChain, limit: usize) -> Prefix {
-        let mut prefix = Prefix { blocks: Vec::new(), link: Link::Root { salt: chain.salt() } };
+        let blocks = Vec::with_capacity(limit.min(tokens.len() / self.block_size));
+        let mut prefix = Prefix { blocks, link: Link::Root { salt: chain.salt() } };
         for (index, block_tokens) in tokens.chunks_exact(self.block_size).take(limit).enumerate() {
             let Some(hash) = chain.get(index, tokens) else { break };
             let Some((block, link)) = self.lookup(hash, prefix.link, block_tokens) else { break };

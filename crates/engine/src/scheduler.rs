@@ -32,7 +32,9 @@ pub(crate) struct Plan {
     /// Decodes first, then chunks.
     pub work: Vec<Work>,
     /// Blocks to copy (from, to) before anything is computed. No block is both a source and a
-    /// destination, so that they can be copied in any order.
+    /// destination: only choices of one request share a block that is written to, they write to it
+    /// in the same step and stand next to each other, so the last of them either writes in place or
+    /// is the last sequence of all.
     pub copies: Vec<(BlockId, BlockId)>,
     pub admitted: u32,
     pub preempted: u32,
@@ -226,11 +228,10 @@ impl Scheduler {
     /// the budget because `max_running` is not.
     fn plan_decodes(&mut self, plan: &mut Plan, events: &mut Vec<Event>) -> usize {
         let (mut planned, mut at) = (0, 0);
-        let mut kept = Vec::new();
         while at < self.running.len() {
             if self.running[at].decodes() {
                 while at < self.running.len() && !self.make_slot(at, plan) {
-                    self.preempt_last(plan, &mut kept, events);
+                    self.preempt_last(plan, events);
                 }
                 if let Some(sequence) = self.running.get_mut(at) {
                     sequence.planned = 1;
@@ -238,9 +239,6 @@ impl Scheduler {
                 }
             }
             at += 1;
-        }
-        for block in kept {
-            self.pool.release(block);
         }
         planned
     }
@@ -268,17 +266,9 @@ impl Scheduler {
     }
 
     /// Sends the running sequence of the lowest precedence back to its place in the queue. It is at
-    /// or after the one that needs the room, so it has no part in the plan yet. Blocks that this
-    /// step copies from are `kept` until the plan is made: handed out again they could become the
-    /// destination of another copy.
-    fn preempt_last(&mut self, plan: &mut Plan, kept: &mut Vec<BlockId>, events: &mut Vec<Event>) {
+    /// or after the one that needs the room, so it has no part in the plan yet.
+    fn preempt_last(&mut self, plan: &mut Plan, events: &mut Vec<Event>) {
         let Some(mut sequence) = self.running.pop() else { return };
-        for (from, _) in &plan.copies {
-            if self.pool.references(*from) == 1 && sequence.blocks.contains(from) {
-                self.pool.retain(*from);
-                kept.push(*from);
-            }
-        }
         sequence.release(&mut self.pool);
         sequence.preempted = true;
         plan.preempted += 1;
@@ -383,7 +373,8 @@ impl Scheduler {
     /// `output` has one entry for each row of `step`.
     pub fn apply(&mut self, plan: &Plan, step: &Step, output: StepOutput, report: &mut StepReport) {
         let mut rows = step.rows.iter().zip(output.rows).peekable();
-        let mut forked = Vec::new();
+        let (mut forked, mut drawn) = (Vec::new(), Vec::new());
+        report.events.reserve(step.rows.len());
         for (work, part) in plan.work.iter().zip(&step.sequences) {
             match work.decodes {
                 true => report.decode_tokens += 1,
@@ -392,14 +383,13 @@ impl Scheduler {
             let sequence = &mut self.running[work.running];
             sequence.computed += work.tokens;
             sequence.publish(&mut self.pool);
-            let mut drawn = Vec::new();
             while let Some((row, result)) = rows.next_if(|(row, _)| row.row < part.tokens.end) {
                 match &row.want {
                     Want::Score { .. } => sequence.prompt_logprobs.push(result.logprobs),
                     Want::Sample(_) => drawn.push(result),
                 }
             }
-            take_drawn(sequence, drawn, &mut self.pool, &mut forked, &mut report.events);
+            take_drawn(sequence, &mut drawn, &mut self.pool, &mut forked, &mut report.events);
         }
         if !forked.is_empty() {
             self.running.append(&mut forked);
@@ -489,10 +479,10 @@ impl Scheduler {
 }
 
 /// Gives the drawn tokens to a sequence and, at the end of its prompt, to the choices that fork
-/// from it.
+/// from it. Leaves `drawn` empty.
 fn take_drawn(
     sequence: &mut Sequence,
-    drawn: Vec<RowOutput>,
+    drawn: &mut Vec<RowOutput>,
     pool: &mut BlockPool,
     forked: &mut Vec<Sequence>,
     events: &mut Vec<Event>,
@@ -503,7 +493,7 @@ fn take_drawn(
     report_prompt_logprobs(sequence, events);
     let unforked = std::mem::take(&mut sequence.unforked);
     let mut choices: Vec<_> = (1..=unforked).map(|choice| sequence.fork(choice, pool)).collect();
-    for (sequence, result) in std::iter::once(sequence).chain(&mut choices).zip(drawn) {
+    for (sequence, result) in std::iter::once(sequence).chain(&mut choices).zip(drawn.drain(..)) {
         let (request, choice, token) = (sequence.request.id, sequence.choice(), result.token);
         events.push(Event::Token { request, choice, token, logprobs: result.logprobs });
         sequence.push(token);

@@ -11,6 +11,7 @@ use crate::sequence::Sequence;
 pub(crate) fn build_step(plan: &Plan, running: &[Sequence], block_size: usize, step: &mut Step) {
     step.clear();
     step.copies.extend_from_slice(&plan.copies);
+    debug_assert!(plan.copies.iter().all(|(from, _)| plan.copies.iter().all(|(_, to)| from != to)));
     for work in &plan.work {
         push_sequence(&running[work.running], work.tokens, block_size, step);
     }

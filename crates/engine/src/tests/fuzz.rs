@@ -295,6 +295,7 @@ fn the_workloads_meet_every_situation() {
 }
 
 #[test]
+#[allow(clippy::disallowed_methods, reason = "the seed comes from whoever repeats a failure")]
 fn one_seed() {
     let seed = std::env::var("FUZZ_SEED").ok().and_then(|seed| seed.parse().ok());
     run_seed(seed.unwrap_or(0));
