@@ -1,1 +1,26 @@
-fn main(){}
+//! End-to-end tests: every one starts the real binary with the embedded demo model and talks to it over
+//! sockets and signals, as clients and operators do.
+
+/// Starts and stops the binary; HTTP in a few words.
+mod util;
+
+/// Chat, completions, models, tokenize: what comes back for a well-formed request.
+mod api;
+/// The command line: settings, the configuration file, exit codes, logs, the address taken.
+mod command_line;
+/// The same answer alone, among others, with a warm cache, after a preemption.
+mod determinism;
+/// A client that goes away frees its blocks.
+mod disconnect;
+/// SIGTERM: running requests finish, the rest are told, exit 0.
+mod drain;
+/// What is refused, and in which words.
+mod errors;
+/// Full queues and requests that can never fit.
+mod limits;
+/// Every metric of the table moves when it should.
+mod metrics;
+/// Clients that misbehave hurt nobody else; memory stays flat.
+mod robustness;
+/// Streams carry the same answer, piece by piece.
+mod streaming;

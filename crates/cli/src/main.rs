@@ -1,1 +1,51 @@
-fn main() {}
+//! The `servelab` binary: what was typed, what it means, and the command that it starts.
+//!
+//! Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.
+
+mod args;
+mod banner;
+mod config_file;
+mod generation_config;
+mod load;
+mod memory;
+mod plan;
+mod secrets;
+mod serve;
+mod settings;
+mod signals;
+mod size;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::args::{Cli, Command};
+
+const FAILED: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        None => list_commands(),
+        Some(Command::Serve(command)) => match serve::run(*command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error),
+        },
+    }
+}
+
+/// The run without arguments says what can be run.
+fn list_commands() -> ExitCode {
+    let help = Cli::command().render_help();
+    match write!(std::io::stdout(), "{help}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(FAILED),
+    }
+}
+
+fn complain(error: &serve::Error) -> ExitCode {
+    // Standard error may be closed; the exit code still tells.
+    let _ = writeln!(std::io::stderr(), "servelab: {error}");
+    ExitCode::from(if error.is_usage() { WRONG_USAGE } else { FAILED })
+}

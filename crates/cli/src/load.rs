@@ -1,0 +1,191 @@
+//! From settings to a model that the server can take: files, sizes, runner, tokenizer, template.
+
+use std::sync::Arc;
+
+use servelab_model::hub::{Download, HubOptions};
+use servelab_model::{ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo};
+use servelab_server::{LoadError, LoadTimes, LoadedModel};
+use servelab_text::{ChatTemplate, Tokenizer};
+
+use crate::generation_config;
+use crate::memory;
+use crate::plan::{Facts, Plan, plan};
+use crate::settings::{EngineSettings, ModelSettings};
+use crate::size::ByteSize;
+
+/// What the banner tells about a loaded model.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub architecture: &'static str,
+    pub parameters: u64,
+    pub weight_dtype: &'static str,
+    pub weight_bytes: u64,
+    pub kv_dtype: &'static str,
+    pub kv_cache_bytes: u64,
+    pub engine: servelab_engine::EngineConfig,
+    pub has_chat_template: bool,
+}
+
+/// Finds the model's files and checks them; downloads them first if the source is a hub.
+///
+/// # Errors
+/// Whatever is wrong with the files, in one line.
+pub fn open(settings: &ModelSettings) -> Result<Prepared, LoadError> {
+    let hub = HubOptions {
+        endpoint: settings.hub_endpoint.clone(),
+        cache: settings.hub_cache.clone(),
+        token: settings.hub_token.as_ref().map(|token| token.expose().to_owned()),
+        progress: Some(Box::new(progress())),
+    };
+    let options = OpenOptions { hub, dtype: settings.dtype, seed: settings.seed };
+    Prepared::open(&settings.source, options).map_err(|error| LoadError(error.to_string()))
+}
+
+/// Whether [`open`] only looks at files of this machine, so that it takes no time worth showing.
+pub fn is_local(source: &ModelSource) -> bool {
+    !matches!(source, ModelSource::Hub { .. })
+}
+
+/// One log line each tenth of a file.
+fn progress() -> impl FnMut(&Download) + Send {
+    let mut last = (String::new(), u64::MAX);
+    move |download| {
+        let tenths = 10 * download.downloaded_bytes / download.total_bytes.max(1);
+        if last.0 != download.file || last.1 != tenths {
+            last = (download.file.clone(), tenths);
+            let (done, total) = (ByteSize(download.downloaded_bytes), ByteSize(download.total_bytes));
+            tracing::info!(file = download.file, "downloading: {done} of {total}");
+        }
+    }
+}
+
+/// Decides the sizes, loads the weights and everything that turns text into tokens and back.
+///
+/// # Errors
+/// Whatever is wrong with sizes, weights or tokenizer files, in one line.
+pub fn load(
+    prepared: Prepared,
+    model: &ModelSettings,
+    engine: &EngineSettings,
+) -> Result<(LoadedModel, Summary), LoadError> {
+    let plan = sizes(&prepared, model, engine)?;
+    for note in &plan.notes {
+        tracing::warn!("{note}");
+    }
+    let text = Text::new(prepared.text_files(), prepared.config(), &model.source)?;
+    let sampling_defaults = generation_config::sampling_defaults(prepared.text_files().generation_config.as_deref())
+        .map_err(|error| LoadError(error.to_string()))?;
+    let (architecture, parameters) = (prepared.config().architecture.name(), prepared.config().num_parameters());
+    let weight_dtype = prepared.dtype().name();
+    let loaded = prepared.into_runner(&plan.runner).map_err(|error| LoadError(error.to_string()))?;
+    let summary = Summary {
+        architecture,
+        parameters,
+        weight_dtype,
+        weight_bytes: loaded.memory.weight_bytes,
+        kv_dtype: plan.runner.kv_dtype.name(),
+        kv_cache_bytes: loaded.memory.kv_cache_bytes,
+        engine: plan.engine.clone(),
+        has_chat_template: text.chat_template.is_some(),
+    };
+    let timings = loaded.timings;
+    let served = LoadedModel {
+        runner: loaded.runner,
+        engine: plan.engine,
+        tokenizer: Arc::new(text.tokenizer),
+        chat_template: text.chat_template.map(Arc::new),
+        eos_token_ids: text.eos_token_ids,
+        vocab_size: u32::try_from(loaded.config.vocab_size).unwrap_or(u32::MAX),
+        root: root(&model.source),
+        sampling_defaults,
+        kv_dtype: plan.runner.kv_dtype.name().to_owned(),
+        load_times: LoadTimes { read: timings.read, convert: timings.convert, warm_up: timings.warm_up },
+    };
+    Ok((served, summary))
+}
+
+fn sizes(prepared: &Prepared, model: &ModelSettings, engine: &EngineSettings) -> Result<Plan, LoadError> {
+    let facts = Facts {
+        context: context(prepared.config()),
+        block_bytes: prepared.kv_bytes_per_block(engine.block_size, engine.kv_dtype),
+        weight_bytes: prepared.weight_bytes(),
+        free_bytes: memory::free_bytes(),
+    };
+    plan(engine, model.max_model_len, facts).map_err(|error| LoadError(error.to_string()))
+}
+
+/// The longest context of a model, in tokens.
+pub fn context(config: &ModelConfig) -> u32 {
+    u32::try_from(config.max_position_embeddings).unwrap_or(u32::MAX)
+}
+
+/// What `/v1/models` shows as the model's origin. Not the path: that is nobody's business outside.
+fn root(source: &ModelSource) -> String {
+    source.to_string()
+}
+
+/// The text side of a model.
+struct Text {
+    tokenizer: Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    eos_token_ids: Vec<u32>,
+}
+
+impl Text {
+    fn new(files: &TextFiles, config: &ModelConfig, source: &ModelSource) -> Result<Self, LoadError> {
+        if let Some(tokenizer) = &files.tokenizer {
+            let mut text = Self::read(files, tokenizer, config.eos_token_ids.clone())?;
+            if matches!(source, ModelSource::Dummy(_)) {
+                text.tokenizer = text.tokenizer.with_placeholders(config.vocab_size);
+            }
+            return text.with_end(source);
+        }
+        match source {
+            // A shape alone has no words of its own: prompts are cut with the demo's tokenizer, and what the
+            // drawn weights say is shown as numbers where that has no word.
+            ModelSource::Dummy(_) => Self::borrowed(config),
+            _ => Err(LoadError(format!(
+                "{source} has no tokenizer.json; add the one that the model was trained with"
+            ))),
+        }
+    }
+
+    fn read(files: &TextFiles, tokenizer: &[u8], eos_token_ids: Vec<u32>) -> Result<Self, LoadError> {
+        let failed = |error: servelab_text::TextError| LoadError(error.to_string());
+        let tokenizer_config = files.tokenizer_config.as_deref();
+        Ok(Self {
+            tokenizer: Tokenizer::from_json(tokenizer, tokenizer_config).map_err(failed)?,
+            chat_template: ChatTemplate::from_files(files.chat_template.as_deref(), tokenizer_config)
+                .map_err(failed)?,
+            eos_token_ids,
+        })
+    }
+
+    fn borrowed(config: &ModelConfig) -> Result<Self, LoadError> {
+        let files = demo::text_files();
+        let tokenizer = files.tokenizer.clone().unwrap_or_default();
+        let mut text = Self::read(&files, &tokenizer, config.eos_token_ids.clone())?;
+        if text.tokenizer.vocab_size() > config.vocab_size {
+            return Err(LoadError(format!(
+                "the shape has a vocabulary of {} and dummy weights borrow the demo's tokenizer, which has {}; give a \
+                 folder with a tokenizer.json, or a larger vocab_size",
+                config.vocab_size,
+                text.tokenizer.vocab_size()
+            )));
+        }
+        text.tokenizer = text.tokenizer.with_placeholders(config.vocab_size);
+        Ok(text)
+    }
+
+    /// Adds the tokenizer's own end of sequence, which some checkpoints name nowhere else.
+    fn with_end(mut self, source: &ModelSource) -> Result<Self, LoadError> {
+        let end = self.tokenizer.eos_token().and_then(|token| self.tokenizer.special_token_id(token));
+        if self.eos_token_ids.is_empty() {
+            self.eos_token_ids.extend(end);
+        }
+        if self.eos_token_ids.is_empty() {
+            tracing::warn!("{source} names no end-of-sequence token; answers end at max_tokens");
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,156 @@
+//! `servelab serve`: settings, logs, metrics, the socket, the model, and the way down.
+
+use std::io::{IsTerminal, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use servelab_model::Prepared;
+use servelab_server::{LoadError, Loader, ROUTES, ServeError, Server, ServerOptions};
+use servelab_telemetry::{BuildInfo, LogError, Metrics, MetricsConfig, MetricsError};
+use tokio::sync::oneshot;
+
+use crate::args::ServeCommand;
+use crate::banner;
+use crate::config_file::{self, ConfigFileError};
+use crate::load::{self, Summary};
+use crate::secrets::API_KEYS_VARIABLE;
+use crate::settings::{EngineSettings, ModelSettings, Settings, SettingsError};
+
+/// Largest bound of the token histograms where the model's context is not known before it is downloaded.
+const UNKNOWN_CONTEXT: u32 = 131_072;
+
+/// Why `servelab serve` ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    ConfigFile(#[from] ConfigFileError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Logs(#[from] LogError),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    #[error("cannot load the model: {0}")]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("cannot start: {0}")]
+    Runtime(std::io::Error),
+}
+
+impl Error {
+    /// Whether other settings would have helped before anything was started.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::ConfigFile(_) | Self::Settings(_))
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// If the settings cannot work, the model cannot be loaded, the address is taken, or the device is lost.
+pub fn run(command: ServeCommand) -> Result<(), Error> {
+    let file = command.config.as_deref().map(config_file::read).transpose()?.unwrap_or_default();
+    let api_keys = std::env::var(API_KEYS_VARIABLE).ok();
+    let settings = Settings::new(command.typed.over(file), api_keys.as_deref())?;
+    servelab_telemetry::init_logs(settings.log_format, &settings.log_level)?;
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
+    tracing::info!("computing on the CPU: {}", settings.engine.device_reason);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
+    let outcome = runtime.block_on(serve(settings));
+    // A download or a step that hangs must not keep the process.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(settings: Settings) -> Result<(), Error> {
+    let Settings { model, network, engine, metrics_prefix, .. } = settings;
+    // Local files are opened before the socket, so that a wrong folder ends the program at once.
+    let prepared = if load::is_local(&model.source) { Some(load::open(&model)?) } else { None };
+    let name = model.served_names[0].clone();
+    let metrics = metrics(&metrics_prefix, &name, &model, prepared.as_ref())?;
+    let (tell, told) = oneshot::channel();
+    let has_keys = !network.api_keys.is_empty();
+    let options = ServerOptions {
+        host: network.host,
+        port: network.port,
+        served_model_names: model.served_names.clone(),
+        max_waiting: engine.max_waiting,
+        max_body_bytes: network.max_body_bytes,
+        api_keys: network.api_keys,
+        drain_timeout: network.drain_timeout,
+        stall_timeout: network.stall_timeout,
+        seed: model.seed,
+        metrics,
+        load: loader(prepared, model, engine, tell),
+    };
+    let server = Server::bind(options).await?;
+    let address = reachable(server.local_addr());
+    announce(&format!("listening on http://{address}\n"));
+    tokio::spawn(async move {
+        if let Ok(summary) = told.await {
+            introduce(&summary, &name, address, has_keys);
+        }
+    });
+    Ok(server.run(crate::signals::stop()).await?)
+}
+
+fn metrics(
+    prefix: &str,
+    model_name: &str,
+    model: &ModelSettings,
+    prepared: Option<&Prepared>,
+) -> Result<Arc<Metrics>, MetricsError> {
+    let context = prepared.map_or(UNKNOWN_CONTEXT, |prepared| load::context(prepared.config()));
+    let max_model_len = model.max_model_len.unwrap_or(context);
+    let build = BuildInfo { version: env!("CARGO_PKG_VERSION"), commit: option_env!("SERVELAB_COMMIT") };
+    Metrics::new(&MetricsConfig { prefix, model_name, max_model_len, routes: ROUTES, build }).map(Arc::new)
+}
+
+/// What the engine's thread does first.
+fn loader(
+    prepared: Option<Prepared>,
+    model: ModelSettings,
+    engine: EngineSettings,
+    tell: oneshot::Sender<Summary>,
+) -> Loader {
+    Box::new(move || {
+        let prepared = match prepared {
+            Some(prepared) => prepared,
+            None => load::open(&model)?,
+        };
+        let (loaded, summary) = load::load(prepared, &model, &engine)?;
+        // Nobody listens once the program goes down.
+        let _ = tell.send(summary);
+        Ok(loaded)
+    })
+}
+
+/// On a terminal the banner goes there, elsewhere into the logs.
+fn introduce(summary: &Summary, name: &str, address: SocketAddr, has_keys: bool) {
+    let lines = banner::lines(summary, name, address, has_keys);
+    if std::io::stdout().is_terminal() {
+        announce(&format!("\n{}\n\n", lines.join("\n")));
+    } else {
+        for line in lines {
+            tracing::info!("{line}");
+        }
+    }
+}
+
+/// Writes to standard output. Whoever started the program may have closed it; that is no reason to stop.
+fn announce(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// An address that a client on this machine can use: that of "all interfaces" cannot be connected to everywhere.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => (Ipv4Addr::LOCALHOST, v4.port()).into(),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => (Ipv6Addr::LOCALHOST, v6.port()).into(),
+        other => other,
+    }
+}

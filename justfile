@@ -1,0 +1,60 @@
+# The commands that people run; CI runs the same ones. `just` lists them.
+
+set positional-arguments
+
+export PYTHONDONTWRITEBYTECODE := "1"
+
+# Python of the recipes that need one: a virtual environment with tests/openai_client/requirements.txt.
+python := env("SERVELAB_PYTHON", "python3")
+target := env("CARGO_TARGET_DIR", "target")
+
+default:
+    @just --list --unsorted
+
+# Build and serve the embedded demo model on 127.0.0.1:8000.
+demo *flags:
+    cargo run --release -- serve "$@"
+
+# What a change has to pass besides the tests: format, lints, licences.
+check: fmt lint licences
+
+fmt:
+    cargo fmt --all --check
+
+lint:
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# Licences and sources of all dependencies, against deny.toml; needs no network.
+licences:
+    cargo test --quiet --package servelab-cli --test dependencies
+
+# Known vulnerabilities of the dependencies; needs cargo-deny and the network.
+advisories:
+    cargo deny check
+
+# All tests. Needs no Python and no network.
+test:
+    cargo test --workspace
+
+# The official OpenAI client against the binary; needs the packages of tests/openai_client/requirements.txt.
+test-openai:
+    cargo build --package servelab-cli
+    {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"
+
+# 2,000 requests; resident memory must stay flat.
+soak:
+    SERVELAB_SOAK_REQUESTS=2000 cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat
+
+# Train the embedded demo model anew; needs the packages of crates/model/demo/train/requirements.txt.
+train-demo *flags:
+    {{ python }} crates/model/demo/train/train.py "$@"
+
+# Benchmarks of the engine and of the CPU's operations.
+bench *flags:
+    cargo bench --package servelab-benches "$@"
+
+sim:
+    @echo "servelab sim is not built yet" >&2; exit 1
+
+gpu:
+    @echo "the CUDA device is not built yet" >&2; exit 1
