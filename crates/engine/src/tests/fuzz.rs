@@ -295,6 +295,18 @@ fn the_workloads_meet_every_situation() {
 }
 
 #[test]
+fn the_same_seed_gives_the_same_steps() {
+    for seed in 0..50 {
+        let [first, second] = [(); 2].map(|()| {
+            let mut workload = Workload::new(seed);
+            workload.run();
+            workload.checked.trace
+        });
+        assert_eq!(first, second, "FUZZ_SEED={seed}");
+    }
+}
+
+#[test]
 #[allow(clippy::disallowed_methods, reason = "the seed comes from whoever repeats a failure")]
 fn one_seed() {
     let seed = std::env::var("FUZZ_SEED").ok().and_then(|seed| seed.parse().ok());

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::{
     AdmissionError, Engine, EngineConfig, Event, FakeRunner, FinishReason, Request, RequestId,
-    SamplingParams, StepReport, StopConditions, TokenId, TokenLogprobs,
+    SamplingParams, StepReport, StepTrace, StopConditions, TokenId, TokenLogprobs,
 };
 
 pub const VOCAB: u32 = 50;
@@ -92,6 +92,7 @@ pub struct Checked {
     pub requests: BTreeMap<RequestId, Request>,
     pub outcomes: BTreeMap<RequestId, Outcome>,
     pub steps: u64,
+    pub trace: Vec<StepTrace>,
 }
 
 impl Checked {
@@ -102,6 +103,7 @@ impl Checked {
             requests: BTreeMap::new(),
             outcomes: BTreeMap::new(),
             steps: 0,
+            trace: Vec::new(),
         }
     }
 
@@ -126,6 +128,7 @@ impl Checked {
         let had_work = self.engine.has_work();
         let ran = self.engine.runner().steps();
         let report = self.engine.step(Duration::from_millis(self.steps));
+        self.trace.push(self.engine.trace());
         self.check();
         let computed = report.prefill_tokens + report.decode_tokens;
         assert!(computed <= self.engine.config().max_batched_tokens);
