@@ -361,7 +361,7 @@ impl Product<'_> {
             out_stride,
             bias,
             first: inputs.start == 0,
-            prefetch: Prefetch::of(self.tiles.count, tile, block_bytes),
+            prefetch: Prefetch::of(self.tiles, tile, block_bytes),
         };
         match self.path {
             Path::Widen => micro::tile(self.level, &block, matrix.format),
@@ -387,11 +387,16 @@ struct Prefetch {
 }
 
 impl Prefetch {
-    const NEAR: usize = 1024;
+    /// Of one stream, and of each of four.
+    const NEAR: usize = 8192;
+    const NEAR_OF_FOUR: usize = 2048;
 
-    fn of(tiles: usize, tile: usize, block_bytes: usize) -> Self {
-        match (tiles, tile) {
-            (1, _) => Self { even: Self::NEAR, odd: Self::NEAR + 64 },
+    fn of(tiles: Tiles, tile: usize, block_bytes: usize) -> Self {
+        match (tiles.count, tile) {
+            (1, _) => {
+                let near = if tiles.rows == 1 { Self::NEAR_OF_FOUR } else { Self::NEAR };
+                Self { even: near, odd: near + 64 }
+            }
             (_, 0) => Self { even: block_bytes, odd: 0 },
             (_, 1) => Self { even: 0, odd: block_bytes + 64 },
             _ => Self { even: 0, odd: 0 },

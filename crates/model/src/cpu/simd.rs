@@ -67,6 +67,21 @@ pub(super) trait Simd: Copy {
         self.splat(0.0)
     }
 
+    /// Writes `LANES` columns of `rows` rows, `stride` apart, as `[LANES][rows]`; `rows` is at most
+    /// `LANES`.
+    ///
+    /// # Safety
+    /// `LANES` f32 can be read in each row, and `LANES * rows` written at `out`.
+    #[inline(always)]
+    unsafe fn transpose(self, source: *const f32, stride: usize, rows: usize, out: *mut f32) {
+        for row in 0..rows {
+            for lane in 0..Self::LANES {
+                // SAFETY: the caller's.
+                unsafe { *out.add(lane * rows + row) = *source.add(row * stride + lane) };
+            }
+        }
+    }
+
     /// Sum of the lanes, in a fixed order: halves are folded onto each other.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
@@ -344,6 +359,53 @@ mod x86 {
                 let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
                 _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), mask))
             };
+            transpose(source: *const f32, stride: usize, rows: usize, out: *mut f32) -> () = {
+                let mut square = [_mm512_setzero_ps(); 16];
+                for (row, vector) in square.iter_mut().enumerate() {
+                    if row < rows {
+                        *vector = _mm512_loadu_ps(source.add(row * stride));
+                    }
+                }
+                let columns = transpose_16(square);
+                let mask = u16::MAX >> (16 - rows);
+                for (column, vector) in columns.iter().enumerate() {
+                    _mm512_mask_storeu_ps(out.add(column * rows), mask, *vector);
+                }
+            };
+        }
+    }
+
+    /// 16 rows of 16 become 16 columns: pairs, then fours within each 128-bit quarter, then quarters.
+    #[inline(always)]
+    unsafe fn transpose_16(rows: [__m512; 16]) -> [__m512; 16] {
+        // SAFETY: the caller's: the CPU has AVX-512.
+        unsafe {
+            let mut pairs = rows;
+            for at in (0..16).step_by(2) {
+                pairs[at] = _mm512_unpacklo_ps(rows[at], rows[at + 1]);
+                pairs[at + 1] = _mm512_unpackhi_ps(rows[at], rows[at + 1]);
+            }
+            let mut fours = pairs;
+            for at in (0..16).step_by(4) {
+                let (a, b) = (_mm512_castps_pd(pairs[at]), _mm512_castps_pd(pairs[at + 1]));
+                let (c, d) = (_mm512_castps_pd(pairs[at + 2]), _mm512_castps_pd(pairs[at + 3]));
+                fours[at] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                fours[at + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                fours[at + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                fours[at + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            let mut columns = fours;
+            for at in 0..4 {
+                let even = _mm512_shuffle_f32x4::<0x88>(fours[at], fours[4 + at]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(fours[at], fours[4 + at]);
+                let more_even = _mm512_shuffle_f32x4::<0x88>(fours[8 + at], fours[12 + at]);
+                let more_odd = _mm512_shuffle_f32x4::<0xdd>(fours[8 + at], fours[12 + at]);
+                columns[at] = _mm512_shuffle_f32x4::<0x88>(even, more_even);
+                columns[4 + at] = _mm512_shuffle_f32x4::<0x88>(odd, more_odd);
+                columns[8 + at] = _mm512_shuffle_f32x4::<0xdd>(even, more_even);
+                columns[12 + at] = _mm512_shuffle_f32x4::<0xdd>(odd, more_odd);
+            }
+            columns
         }
     }
 }

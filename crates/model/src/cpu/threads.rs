@@ -214,7 +214,8 @@ fn work(shared: &Shared, index: usize) {
         }
         shared.parked[index].store(true, Ordering::SeqCst);
         let state = shared.state.load(Ordering::SeqCst);
-        if !(state & OPEN != 0 && state >> 32 != last) && !shared.stop.load(Ordering::SeqCst) {
+        let wanted = state & OPEN != 0 && state >> 32 != last;
+        if !wanted && !shared.stop.load(Ordering::SeqCst) {
             std::thread::park();
         }
         shared.parked[index].store(false, Ordering::SeqCst);

@@ -47,7 +47,7 @@ unsafe fn panel<const R: usize>(block: &Block, panel: usize) {
         for _ in 0..block.inputs / 2 {
             _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(block.prefetch.even).cast());
             _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(block.prefetch.odd).cast());
-            let pair = [0, 1].map(|v| _mm512_loadu_si512(weights.add(v * 64).cast()));
+            let pair = [_mm512_loadu_si512(weights.cast()), _mm512_loadu_si512(weights.add(64).cast())];
             for (r, row) in sums.iter_mut().enumerate() {
                 let value = _mm512_set1_epi32(*x.add(r));
                 for (sum, weight) in row.iter_mut().zip(&pair) {

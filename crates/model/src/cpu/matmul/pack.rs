@@ -1,10 +1,13 @@
 //! Packing: weights once at load, activations once per product.
 
+use std::cell::RefCell;
+
 use half::{bf16, f16};
 
 use super::{Format, PANEL, PackedMatrix, Path, Tiles, WeightRows};
 use crate::cpu::buffer::SharedMut;
-use crate::cpu::level::Kernels;
+use crate::cpu::level::{Kernels, Level};
+use crate::cpu::simd::{Operation, Simd};
 
 /// Activations below this many are packed by the caller's thread alone.
 const ALONE: usize = 32 << 10;
@@ -104,19 +107,27 @@ pub(super) fn activations(
     matrix: &PackedMatrix,
     packed: *mut u8,
 ) {
-    let (inputs, depth) = (matrix.in_features, matrix.depth);
+    let (inputs, depth, level) = (matrix.in_features, matrix.depth, kernels.level());
     let element = if path == Path::Widen { 4 } else { 2 };
     let packed = SharedMut::from_ptr(packed);
     let pack = |tile: usize| {
         let rows = tiles.range(tile);
         let source = &x[rows.start * inputs..rows.end * inputs];
-        // SAFETY: tiles are disjoint, and the scratch holds `rows * depth` elements.
+        let (count, offset) = (rows.len(), rows.start * depth * element);
+        // SAFETY: tiles are disjoint, the scratch holds `rows * depth` elements and is aligned, and any
+        // bits are values of these types.
         unsafe {
-            let target = packed.get().add(rows.start * depth * element);
+            let target = packed.get().add(offset);
             match path {
-                Path::Widen => columns(source, inputs, depth, rows.len(), target.cast()),
-                Path::Dot => bf16_pairs(source, inputs, depth, rows.len(), target.cast()),
-                Path::Amx => bf16_rows(source, inputs, depth, target.cast()),
+                Path::Widen => {
+                    let out = std::slice::from_raw_parts_mut(target.cast::<f32>(), count * depth);
+                    level.run(Columns { x: source, inputs, rows: count, out });
+                }
+                Path::Dot => bf16_pairs(level, source, inputs, depth, count, target),
+                Path::Amx => {
+                    let out = std::slice::from_raw_parts_mut(target.cast::<u16>(), count * depth);
+                    level.run(Rounded { x: source, inputs, depth, out });
+                }
             }
         }
     };
@@ -127,46 +138,134 @@ pub(super) fn activations(
     }
 }
 
-/// `[rows, inputs]` to `[depth][rows]`.
-unsafe fn columns(x: &[f32], inputs: usize, depth: usize, rows: usize, out: *mut f32) {
-    // SAFETY: the caller's: `out` holds `depth * rows` values.
-    let out = unsafe { std::slice::from_raw_parts_mut(out, depth * rows) };
-    // Some inputs of all rows at a time, so that the lines written stay in L1.
-    const STRIP: usize = 64;
-    for start in (0..inputs).step_by(STRIP) {
-        let end = inputs.min(start + STRIP);
-        for (row, source) in x.chunks_exact(inputs).enumerate() {
-            let targets = out[start * rows..end * rows].chunks_exact_mut(rows);
-            for (target, value) in targets.zip(&source[start..end]) {
-                target[row] = *value;
+/// `[rows, inputs]` to `[inputs][rows]`, and zeros after that.
+struct Columns<'a> {
+    x: &'a [f32],
+    inputs: usize,
+    rows: usize,
+    out: &'a mut [f32],
+}
+
+impl Operation for Columns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, inputs, rows, out } = self;
+        assert!(x.len() == rows * inputs && out.len() >= x.len(), "shapes of the tile");
+        let whole = inputs - inputs % S::LANES;
+        for at in (0..whole).step_by(S::LANES) {
+            // SAFETY: `at + LANES` inputs exist in each row, and as many columns in `out`.
+            unsafe { s.transpose(x.as_ptr().add(at), inputs, rows, out.as_mut_ptr().add(at * rows)) };
+        }
+        for at in whole..inputs {
+            for row in 0..rows {
+                out[at * rows + row] = x[row * inputs + at];
             }
         }
-    }
-    out[inputs * rows..].fill(0.0);
-}
-
-/// `[rows, inputs]` to `[depth / 2][rows][2]`.
-unsafe fn bf16_pairs(x: &[f32], inputs: usize, depth: usize, rows: usize, out: *mut bf16) {
-    // SAFETY: the caller's: `out` holds `depth * rows` values.
-    let out = unsafe { std::slice::from_raw_parts_mut(out, depth * rows) };
-    for (row, source) in x.chunks_exact(inputs).enumerate() {
-        for (input, value) in source.iter().enumerate() {
-            out[(input / 2) * rows * 2 + row * 2 + input % 2] = bf16::from_f32(*value);
-        }
-        for input in inputs..depth {
-            out[(input / 2) * rows * 2 + row * 2 + input % 2] = bf16::ZERO;
-        }
+        out[inputs * rows..].fill(0.0);
     }
 }
 
-/// `[rows, inputs]` to `[rows][depth]`.
-unsafe fn bf16_rows(x: &[f32], inputs: usize, depth: usize, out: *mut bf16) {
-    for (row, source) in x.chunks_exact(inputs).enumerate() {
-        // SAFETY: the caller's: `out` holds `depth` values for each row.
-        let target = unsafe { std::slice::from_raw_parts_mut(out.add(row * depth), depth) };
-        for (target, value) in target.iter_mut().zip(source) {
-            *target = bf16::from_f32(*value);
+/// `[rows, inputs]` to `[rows][depth]` in bf16.
+struct Rounded<'a> {
+    x: &'a [f32],
+    inputs: usize,
+    depth: usize,
+    out: &'a mut [u16],
+}
+
+impl Operation for Rounded<'_> {
+    type Output = ();
+
+    /// Plain Rust: the compiler vectorises it for the level.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (source, target) in self.x.chunks_exact(self.inputs).zip(self.out.chunks_exact_mut(self.depth)) {
+            let (values, padding) = target.split_at_mut(self.inputs);
+            for (target, value) in values.iter_mut().zip(source) {
+                *target = round_to_bf16(*value);
+            }
+            padding.fill(0);
         }
-        target[inputs..].fill(bf16::ZERO);
+    }
+}
+
+/// To nearest, ties to even; NaN stays NaN.
+#[inline(always)]
+fn round_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+    (bits >> 16) as u16
+}
+
+/// `[rows, inputs]` to `[depth / 2][rows][2]` in bf16: rows of pairs, transposed as if each were an f32.
+///
+/// # Safety
+/// `target` is aligned and holds `rows * depth` elements.
+unsafe fn bf16_pairs(level: Level, x: &[f32], inputs: usize, depth: usize, rows: usize, target: *mut u8) {
+    ROUNDED.with_borrow_mut(|rounded| {
+        rounded.resize(rows * depth / 2, 0.0);
+        // SAFETY: `depth` is even, so these are the same bytes.
+        let halves =
+            unsafe { std::slice::from_raw_parts_mut(rounded.as_mut_ptr().cast::<u16>(), rows * depth) };
+        level.run(Rounded { x, inputs, depth, out: halves });
+        // SAFETY: the caller's.
+        let out = unsafe { std::slice::from_raw_parts_mut(target.cast::<f32>(), rows * depth / 2) };
+        level.run(Columns { x: rounded, inputs: depth / 2, rows, out });
+    });
+}
+
+thread_local! {
+    /// Rounded activations of a tile, two to an f32, before they are transposed.
+    static ROUNDED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::test_support::{Random, kernels_of_all_levels};
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        let mut random = Random::new(5);
+        let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE, 1e-45];
+        let bits = (0..100_000).map(|_| f32::from_bits(random.next() as u32));
+        for value in bits.chain(special).filter(|value| !value.is_nan()) {
+            assert_eq!(round_to_bf16(value), bf16::from_f32(value).to_bits(), "{value}");
+        }
+        assert!(bf16::from_bits(round_to_bf16(f32::NAN)).is_nan());
+        assert!(bf16::from_bits(round_to_bf16(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+
+    #[test]
+    fn tiles_are_transposed_and_rounded_as_plain_loops_do() {
+        for kernels in kernels_of_all_levels(1) {
+            let level = kernels.level();
+            for rows in 1..=level.tile_rows() {
+                for inputs in [1, 8, 16, 31, 64, 100] {
+                    let x = Random::new(6).vec(rows * inputs);
+                    let depth = inputs.next_multiple_of(32);
+                    let value = |row: usize, at: usize| if at < inputs { x[row * inputs + at] } else { 0.0 };
+                    let mut out = vec![f32::NAN; rows * depth];
+                    level.run(Columns { x: &x, inputs, rows, out: &mut out });
+                    for at in 0..depth {
+                        for row in 0..rows {
+                            assert_eq!(out[at * rows + row], value(row, at));
+                        }
+                    }
+                    // SAFETY: `out` holds twice what is written.
+                    unsafe { bf16_pairs(level, &x, inputs, depth, rows, out.as_mut_ptr().cast()) };
+                    for at in 0..depth {
+                        for row in 0..rows {
+                            let pair = out[at / 2 * rows + row].to_bits();
+                            let half = (pair >> (16 * (at % 2))) as u16;
+                            assert_eq!(half, round_to_bf16(value(row, at)));
+                        }
+                    }
+                }
+            }
+        }
     }
 }
