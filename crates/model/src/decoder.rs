@@ -49,6 +49,8 @@ struct Buffers<O: Ops> {
     /// `[T, (heads + 2 * kv_heads) * head_dim]`
     qkv: O::Buffer,
     /// `[T, heads * head_dim]`
+    queries: O::Buffer,
+    /// `[T, heads * head_dim]`
     attended: O::Buffer,
     /// `[T, 2 * inner]`
     gate_up: O::Buffer,
@@ -68,6 +70,7 @@ impl<O: Ops> Buffers<O> {
             delta: ops.buffer(tokens, config.hidden_size)?,
             normed: ops.buffer(tokens, config.hidden_size)?,
             qkv: ops.buffer(tokens, config.qkv_width())?,
+            queries: ops.buffer(tokens, config.query_width())?,
             attended: ops.buffer(tokens, config.query_width())?,
             gate_up: ops.buffer(tokens, 2 * config.intermediate_size)?,
             activated: ops.buffer(tokens, config.intermediate_size)?,
@@ -80,7 +83,7 @@ impl<O: Ops> Buffers<O> {
 /// f32 numbers that the buffers of a decoder hold for steps of up to `tokens` tokens.
 pub fn activation_values(config: &ModelConfig, tokens: usize) -> u64 {
     let per_token =
-        3 * config.hidden_size + config.qkv_width() + config.query_width() + 3 * config.intermediate_size;
+        3 * config.hidden_size + config.qkv_width() + 2 * config.query_width() + 3 * config.intermediate_size;
     let per_row = config.hidden_size + config.vocab_size;
     tokens as u64 * per_token as u64 + LOGITS_ROWS.min(tokens) as u64 * per_row as u64
 }
@@ -140,8 +143,8 @@ impl<O: Ops> Decoder<O> {
         }
         ops.linear(&layer.qkv, &b.normed, &mut b.qkv);
         let norms = layer.head_norms.as_ref().map(|(query, key)| (query, key));
-        ops.rope_and_cache(index, &mut b.qkv, norms, eps);
-        ops.attention(index, self.config.windows[index], step, &b.qkv, &mut b.attended);
+        ops.rope_and_cache(index, &b.qkv, norms, eps, &mut b.queries);
+        ops.attention(index, self.config.windows[index], step, &b.queries, &mut b.attended);
         ops.linear(&layer.output, &b.attended, &mut b.delta);
 
         ops.add_rms_norm(&mut b.hidden, &b.delta, &layer.mlp_norm, eps, &mut b.normed);

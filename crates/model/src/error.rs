@@ -49,8 +49,6 @@ pub enum ModelError {
     NaiveUnsupported { feature: String },
     #[error("{option} is {value}; it must be {rule}")]
     Option { option: &'static str, value: String, rule: String },
-    #[error("{what} needs {bytes} bytes of memory, which the system did not give; {advice}")]
-    OutOfMemory { what: &'static str, bytes: u64, advice: &'static str },
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
     #[error("the warm-up step failed: {0}")]

@@ -6,15 +6,15 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod cpu;
 pub mod decoder;
 pub mod demo;
 pub mod dummy;
 mod error;
 pub mod hub;
 mod load;
+pub mod naive;
 pub mod ops;
-mod plain;
-mod plain_runner;
 pub mod presets;
 pub mod rope;
 pub mod sampler;
@@ -22,8 +22,7 @@ pub mod source;
 pub mod weights;
 
 pub use config::{Architecture, ModelConfig, WeightDtype};
+pub use cpu::KvDtype;
 pub use error::ModelError;
-pub use load::{
-    EngineKind, KvDtype, LoadTimings, LoadedModel, MemoryReport, OpenOptions, Prepared, RunnerOptions,
-};
+pub use load::{EngineKind, LoadTimings, LoadedModel, MemoryReport, OpenOptions, Prepared, RunnerOptions};
 pub use source::{DummyShape, LoadFormat, ModelSource, TextFiles};

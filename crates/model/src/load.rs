@@ -7,10 +7,13 @@ use servelab_engine::{BlockId, ModelRunner, SequenceId, Step, StepSequence};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, WeightDtype};
+use crate::cpu::KvDtype;
+use crate::cpu::runner::{CpuOptions, CpuRunner, kv_bytes_per_block};
 use crate::decoder::activation_values;
 use crate::dummy::DummyWeights;
 use crate::error::ModelError;
 use crate::hub::HubOptions;
+use crate::naive::NaiveRunner;
 use crate::source::{ModelSource, TextFiles, WeightOrigin};
 use crate::weights::{Weights, expected_tensors};
 
@@ -23,32 +26,6 @@ pub enum EngineKind {
     /// candle-transformers' own models, one sequence at a time: the baseline. Needs an engine with
     /// `max_running` 1, no prefix cache and `max_batched_tokens` of at least `max_model_len`.
     Naive,
-}
-
-/// Number format of the KV cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvDtype {
-    #[default]
-    F32,
-    BF16,
-}
-
-impl KvDtype {
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::BF16 => 2,
-        }
-    }
-
-    /// `f32` or `bf16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::BF16 => "bf16",
-        }
-    }
 }
 
 /// What can be chosen before the files are looked at.
@@ -105,6 +82,8 @@ pub struct Prepared {
     text: TextFiles,
     weights: Weights,
     dtype: WeightDtype,
+    /// What the caller asked for, if anything.
+    given_dtype: Option<WeightDtype>,
     read: Duration,
 }
 
@@ -121,7 +100,7 @@ impl Prepared {
     /// Finds the files, reads the configuration and checks that the checkpoint belongs to it.
     ///
     /// # Errors
-    /// Every [`ModelError`] but those of memory and warm-up.
+    /// Every [`ModelError`] but those of sizes and warm-up.
     pub fn open(source: &ModelSource, options: OpenOptions) -> Result<Self, ModelError> {
         let start = Instant::now();
         let files = source.resolve(options.hub)?;
@@ -135,7 +114,14 @@ impl Prepared {
             }
         };
         let dtype = options.dtype.unwrap_or(weights.dtype());
-        Ok(Self { config, text: files.text, weights, dtype, read: start.elapsed() })
+        Ok(Self {
+            config,
+            text: files.text,
+            weights,
+            dtype,
+            given_dtype: options.dtype,
+            read: start.elapsed(),
+        })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -159,15 +145,15 @@ impl Prepared {
 
     /// Bytes of one block of the KV cache, keys and values of all layers.
     pub fn kv_bytes_per_block(&self, block_size: u32, kv_dtype: KvDtype) -> u64 {
-        self.config.kv_values_per_token() * u64::from(block_size) * kv_dtype.bytes() as u64
+        kv_bytes_per_block(&self.config, block_size, kv_dtype)
     }
 
     /// Moves the weights into the engine's own layout, allocates the KV cache and all buffers, and
     /// runs a first step.
     ///
     /// # Errors
-    /// [`ModelError::Option`] for impossible sizes, [`ModelError::NaiveUnsupported`],
-    /// [`ModelError::OutOfMemory`] and [`ModelError::WarmUp`].
+    /// [`ModelError::Option`] for impossible sizes, [`ModelError::NaiveUnsupported`] and
+    /// [`ModelError::WarmUp`].
     pub fn into_runner(self, options: &RunnerOptions) -> Result<LoadedModel, ModelError> {
         check_sizes(options)?;
         let start = Instant::now();
@@ -183,14 +169,23 @@ impl Prepared {
     }
 
     fn build(&self, options: &RunnerOptions) -> Result<Box<dyn ModelRunner + Send>, ModelError> {
+        let (config, weights) = (&self.config, &self.weights);
         match options.engine {
-            EngineKind::Paged => Ok(Box::new(crate::plain_runner::CpuRunner::new(
-                &self.config,
-                &self.weights,
-                self.dtype,
-                options,
-            )?)),
-            EngineKind::Naive => Err(ModelError::NaiveUnsupported { feature: "anything yet".to_owned() }),
+            EngineKind::Paged => {
+                let cpu = CpuOptions {
+                    num_blocks: options.num_blocks as usize,
+                    block_size: options.block_size as usize,
+                    max_batched_tokens: options.max_batched_tokens as usize,
+                    threads: options.threads,
+                    kv_dtype: options.kv_dtype,
+                };
+                Ok(Box::new(CpuRunner::new(config, weights, self.dtype, cpu)?))
+            }
+            EngineKind::Naive => {
+                let dtype = self.given_dtype.unwrap_or(WeightDtype::F32);
+                let max_model_len = options.max_model_len as usize;
+                Ok(Box::new(NaiveRunner::new(config, weights, dtype, max_model_len, options.threads)?))
+            }
         }
     }
 

@@ -23,7 +23,7 @@ pub trait Ops {
     /// value, or gate and up. They are one product then. `bias` is `[outputs]`.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// If the device has no memory left.
     fn matrix(
         &mut self,
         parts: Vec<TensorData<'_>>,
@@ -33,13 +33,13 @@ pub trait Ops {
     /// Takes over the weight of a norm.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// If the device has no memory left.
     fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, ModelError>;
 
     /// A buffer for up to `rows` rows.
     ///
     /// # Errors
-    /// [`ModelError::OutOfMemory`].
+    /// If the device has no memory left.
     fn buffer(&mut self, rows: usize, width: usize) -> Result<Self::Buffer, ModelError>;
 
     /// Starts a step: copies the blocks it wants copied and makes positions, slots and block tables
@@ -69,25 +69,27 @@ pub trait Ops {
     /// `out [rows, outputs] = x [rows, inputs] * matrix^T + bias`.
     fn linear(&mut self, matrix: &Self::Matrix, x: &Self::Buffer, out: &mut Self::Buffer);
 
-    /// In each row of `qkv [T, (heads + 2 * kv_heads) * head_dim]`: the norm of each query and key
+    /// For each row of `qkv [T, (heads + 2 * kv_heads) * head_dim]`: the norm of each query and key
     /// head where `norms` (query, key) are given, the rotation of queries and keys to the token's
-    /// position, and the copy of keys and values into the token's slot of the layer's cache.
+    /// position, queries into `queries [T, heads * head_dim]`, keys and values into the token's slot
+    /// of the layer's cache.
     fn rope_and_cache(
         &mut self,
         layer: usize,
-        qkv: &mut Self::Buffer,
+        qkv: &Self::Buffer,
         norms: Option<(&Self::Vector, &Self::Vector)>,
         eps: f32,
+        queries: &mut Self::Buffer,
     );
 
-    /// `out [T, heads * head_dim]`: causal attention of the queries in `qkv` to the cached keys and
-    /// values of their own sequence, found through its block table; at most to the latest `window`.
+    /// `out [T, heads * head_dim]`: causal attention of `queries` to the cached keys and values of
+    /// their own sequence, found through its block table; at most to the latest `window`.
     fn attention(
         &mut self,
         layer: usize,
         window: Option<usize>,
         step: &Step,
-        qkv: &Self::Buffer,
+        queries: &Self::Buffer,
         out: &mut Self::Buffer,
     );
 
