@@ -1,0 +1,19 @@
+//! A whole replica in this process, on a free port, around a scripted runner and a tokenizer of bytes.
+//!
+//! - `harness`: the replica, the runner, the client
+//! - `fields`: every field, right and wrong
+//! - `answers`: what a chat and a completion look like
+//! - `streams`: transcripts of server-sent events
+//! - `http`: bodies, headers, routes, keys
+//! - `clients`: those that go away, those that do not read, those that are too many
+//! - `life`: loading, draining, failing
+//! - `fuzz`: mutated bodies
+
+mod answers;
+mod clients;
+mod fields;
+mod fuzz;
+mod harness;
+mod http;
+mod life;
+mod streams;
