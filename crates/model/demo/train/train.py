@@ -66,12 +66,12 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens a step, with padding")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after the warm-up")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="more pay only on an idle machine")
-    parser.add_argument("--evaluate-every", type=int, default=1200, help="steps between checks on the main questions")
+    parser.add_argument("--evaluate-every", type=int, default=1500, help="steps between checks on the main questions")
     parser.add_argument("--out", type=Path, default=HERE.parent, help="folder of the model files")
     return parser.parse_args()
 
@@ -210,6 +210,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     }
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     partial.rename(folder / "model.safetensors")
     total = sum(path.stat().st_size for path in model_files(folder))
     if total >= LARGEST_FOLDER_BYTES:
