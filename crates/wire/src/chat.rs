@@ -33,17 +33,29 @@ impl ChatRequest {
         let messages = fields
             .take("messages")
             .ok_or_else(|| FieldError::missing("messages", "a list of at least one message"))?;
+        let (add_generation_prompt, continue_final_message) = prompt_end(&mut fields)?;
         let request = Self {
             messages: read_messages(messages)?,
             common: CommonFields::take(&mut fields)?,
             logprobs: chat_logprobs(&mut fields)?,
-            add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
-            continue_final_message: fields.boolean("continue_final_message")?.unwrap_or(false),
+            add_generation_prompt,
+            continue_final_message,
             chat_template_kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
         };
         refuse_the_rest(&fields, Api::Chat)?;
         Ok(request)
     }
+}
+
+/// How the prompt ends: `add_generation_prompt` and `continue_final_message`.
+pub(crate) fn prompt_end(fields: &mut Fields) -> Result<(bool, bool), FieldError> {
+    let open_new = fields.boolean("add_generation_prompt")?;
+    let continue_last = fields.boolean("continue_final_message")?.unwrap_or(false);
+    if continue_last && open_new == Some(true) {
+        let message = "continue_final_message and add_generation_prompt exclude each other; give one";
+        return Err(FieldError::new("continue_final_message", message));
+    }
+    Ok((open_new.unwrap_or(!continue_last), continue_last))
 }
 
 fn chat_logprobs(fields: &mut Fields) -> Result<Option<u32>, FieldError> {

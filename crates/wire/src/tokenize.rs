@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::chat::prompt_end;
 use crate::fields::{FieldError, Fields, token_ids};
 use crate::message::{ChatMessage, read_messages};
 use crate::unsupported::{Api, refuse_the_rest};
@@ -48,10 +49,11 @@ impl TokenizeRequest {
     }
 
     fn chat(fields: &mut Fields, messages: Value) -> Result<TokenizeInput, FieldError> {
+        let (add_generation_prompt, continue_final_message) = prompt_end(fields)?;
         Ok(TokenizeInput::Messages {
             messages: read_messages(messages)?,
-            add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
-            continue_final_message: fields.boolean("continue_final_message")?.unwrap_or(false),
+            add_generation_prompt,
+            continue_final_message,
             chat_template_kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
         })
     }

@@ -102,3 +102,28 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
         .unwrap_or("no message");
     ApiError::Internal(format!("a handler panicked: {text}")).into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn broken() -> &'static str {
+        panic!("as the test wants it")
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_an_answer_in_shape_and_the_server_lives() {
+        let router = Router::new().route("/broken", get(broken)).layer(CatchPanicLayer::custom(panicked));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/broken", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, router).into_future());
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        for _ in 0..2 {
+            let answer = client.get(&url).send().await.unwrap();
+            assert_eq!(answer.status().as_u16(), 500);
+            let body: serde_json::Value = answer.json().await.unwrap();
+            assert_eq!(body["error"]["type"], "server_error");
+            assert!(!body.to_string().contains("as the test wants it"), "the panic's words are for the log");
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use servelab_wire::{ModelCard, ModelList};
 
@@ -17,8 +18,10 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiErr
 /// A name may hold slashes, as hub ids do.
 pub async fn retrieve(
     State(app): State<Arc<App>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<ModelCard>, ApiError> {
+    // A path that is no UTF-8 names no model.
+    let Path(name) = name.unwrap_or_else(|_| Path(char::REPLACEMENT_CHARACTER.to_string()));
     app.check_name(Some(&name))?;
     Ok(Json(card(&app, &name)?))
 }

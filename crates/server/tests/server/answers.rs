@@ -260,8 +260,10 @@ async fn models() {
     assert_eq!(card["max_model_len"], 4096);
     let named = replica.get("/v1/models/org/bytes").await.json();
     assert_eq!(named["id"], "org/bytes");
-    let missing = replica.get("/v1/models/gpt").await;
-    assert_eq!((missing.status, &missing.error()["code"]), (404, &json!("model_not_found")));
+    for path in ["/v1/models/gpt", "/v1/models/%ff"] {
+        let missing = replica.get(path).await;
+        assert_eq!((missing.status, &missing.error()["code"]), (404, &json!("model_not_found")));
+    }
     let wrong = replica.post(CHAT, &chat(json!({"model": "gpt"}))).await;
     assert_eq!((wrong.status, &wrong.error()["param"]), (404, &json!("model")));
 }
