@@ -592,9 +592,23 @@ unsafe fn scores_tile<S: Simd, T: Element, const R: usize, const V: usize>(
         // SAFETY: within the group.
         *pointer = unsafe { keys.keys[position / GROUP].add(position % GROUP) };
     }
+    // With few rows keys come from memory: those of the vectors after these are asked for meanwhile.
+    let mut ahead = pointers;
+    for (v, pointer) in ahead.iter_mut().enumerate() {
+        let position = (vector + V + v) * S::LANES;
+        if many_vectors::<S, R>() && position < keys.seen.end {
+            // SAFETY: within the group, which was located since it is seen.
+            *pointer = unsafe { keys.keys[position / GROUP].add(position % GROUP) };
+        }
+    }
     let mut sums = [[s.zero(); V]; R];
     let queries = &queries[..keys.head_dim * R];
     for (dim, query) in queries.chunks_exact(R).enumerate() {
+        if many_vectors::<S, R>() {
+            for pointer in &ahead {
+                s.prefetch(pointer.wrapping_add(dim * keys.key_stride).cast());
+            }
+        }
         let mut key = [s.zero(); V];
         for (key, pointer) in key.iter_mut().zip(&pointers) {
             // SAFETY: dimension `dim` of the keys of this vector.
@@ -670,7 +684,15 @@ unsafe fn values_tile<S: Simd, T: Element, const R: usize, const V: usize>(
         // SAFETY: the caller's: this group was located.
         unsafe {
             let mut value_at = keys.values[at / GROUP].add(at % GROUP * keys.value_stride + dim);
+            // As with keys: the values of the group after the next.
+            let next = (at / GROUP + 2).min((keys.seen.end - 1) / GROUP);
+            let mut ahead = keys.values[next].wrapping_add(at % GROUP * keys.value_stride + dim);
             for position in at..end {
+                if many_vectors::<S, R>() {
+                    s.prefetch(ahead.cast());
+                    s.prefetch(ahead.wrapping_add(V * S::LANES / 2).cast());
+                    ahead = ahead.wrapping_add(keys.value_stride);
+                }
                 let mut value = [s.zero(); V];
                 for (v, value) in value.iter_mut().enumerate() {
                     *value = T::load(s, value_at.add(v * S::LANES));

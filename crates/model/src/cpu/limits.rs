@@ -26,27 +26,30 @@ pub fn measure(kernels: &Kernels, bytes: usize) -> Limits {
     }
 }
 
-/// The best of several passes over a buffer, each thread taking parts of it.
+/// The best rate over windows of a buffer: short, so that some of them go undisturbed on a machine that
+/// is shared, and visited in turn, so that none is in a cache when its turn comes again.
 fn read_rate(kernels: &Kernels, bytes: usize) -> f64 {
     const PART: usize = 256 << 10;
-    let parts = (bytes / PART).max(1);
-    let mut buffer = Buffer::zeroed(parts * PART);
+    const WINDOW: usize = 64;
+    let windows = (bytes / (PART * WINDOW)).max(1);
+    let mut buffer = Buffer::zeroed(windows * WINDOW * PART);
     // SAFETY: the whole buffer; written so that it is backed by memory of its own.
-    unsafe { buffer.as_mut_ptr().write_bytes(1, parts * PART) };
-    let pass = || {
-        kernels.pool().run(parts, &|part| {
+    unsafe { buffer.as_mut_ptr().write_bytes(1, buffer.len()) };
+    let read = |window: usize| {
+        kernels.pool().run(WINDOW, &|part| {
+            let first = (window * WINDOW + part) * PART;
             // SAFETY: within the buffer, which is aligned, and any bits are an f32.
-            let part = unsafe {
-                std::slice::from_raw_parts(buffer.as_ptr().add(part * PART).cast::<f32>(), PART / 4)
-            };
+            let part =
+                unsafe { std::slice::from_raw_parts(buffer.as_ptr().add(first).cast::<f32>(), PART / 4) };
             black_box(kernels.level().run(Read(part)));
         });
     };
-    (parts * PART) as f64 / best_seconds(8, pass)
+    let seconds = (0..8 * windows).map(|turn| seconds(|| read(turn % windows))).fold(f64::INFINITY, f64::min);
+    (WINDOW * PART) as f64 / seconds
 }
 
 fn multiply_add_rate(kernels: &Kernels) -> f64 {
-    const ROUNDS: usize = 1_000_000;
+    const ROUNDS: usize = 300_000;
     let threads = kernels.pool().threads();
     let pass = || {
         kernels.pool().run(threads, &|_| {
@@ -62,19 +65,17 @@ fn multiply_add_rate(kernels: &Kernels) -> f64 {
         }
     }
     let lanes = kernels.level().run(Lanes);
-    (threads * ROUNDS * CHAINS * lanes * 2) as f64 / best_seconds(8, pass)
+    let seconds = (0..16).map(|_| seconds(pass)).fold(f64::INFINITY, f64::min);
+    (threads * ROUNDS * CHAINS * lanes * 2) as f64 / seconds
 }
 
-fn best_seconds(repetitions: usize, pass: impl Fn()) -> f64 {
-    let timed = |_| {
-        let start = Instant::now();
-        pass();
-        start.elapsed().as_secs_f64()
-    };
-    (0..repetitions).map(timed).fold(f64::INFINITY, f64::min)
+fn seconds(body: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    body();
+    start.elapsed().as_secs_f64()
 }
 
-/// Reads all of it with eight loads in flight.
+/// Reads all of it, asking for lines ahead as the products do.
 struct Read<'a>(&'a [f32]);
 
 impl Operation for Read<'_> {
@@ -84,6 +85,9 @@ impl Operation for Read<'_> {
     fn run<S: Simd>(self, s: S) -> f32 {
         let mut sums = [s.zero(); 8];
         for chunk in self.0.chunks_exact(8 * S::LANES) {
+            for line in (0..8 * S::LANES * 4).step_by(64) {
+                s.prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(4096 + line));
+            }
             for (index, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: the chunk is 8 vectors long.
                 *sum = s.add(*sum, unsafe { s.load(chunk.as_ptr().add(index * S::LANES)) });
