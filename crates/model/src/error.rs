@@ -49,6 +49,11 @@ pub enum ModelError {
     NaiveUnsupported { feature: String },
     #[error("{option} is {value}; it must be {rule}")]
     Option { option: &'static str, value: String, rule: String },
+    #[error(
+        "the weights need {needed_bytes} bytes of memory and {free_bytes} are free; choose a smaller model or \
+         a narrower dtype"
+    )]
+    OutOfMemory { needed_bytes: u64, free_bytes: u64 },
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
     #[error("the warm-up step failed: {0}")]

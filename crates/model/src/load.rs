@@ -15,7 +15,7 @@ use crate::error::ModelError;
 use crate::hub::HubOptions;
 use crate::naive::NaiveRunner;
 use crate::source::{ModelSource, TextFiles, WeightOrigin};
-use crate::weights::{Weights, expected_tensors};
+use crate::weights::Weights;
 
 /// Which implementation computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub struct MemoryReport {
     pub weight_bytes: u64,
     /// The KV cache; for the naive engine, whose cache grows, that of the longest sequence.
     pub kv_cache_bytes: u64,
-    /// Activations of the largest step.
+    /// Activations of the largest step; 0 for the naive engine, which allocates them anew.
     pub activation_bytes: u64,
 }
 
@@ -139,8 +139,7 @@ impl Prepared {
 
     /// Bytes of all weights in that format.
     pub fn weight_bytes(&self) -> u64 {
-        let elements: u64 = expected_tensors(&self.config).iter().map(|spec| spec.elements() as u64).sum();
-        elements * self.dtype.bytes() as u64
+        self.config.num_parameters() * self.dtype.bytes() as u64
     }
 
     /// Bytes of one block of the KV cache, keys and values of all layers.
@@ -152,23 +151,26 @@ impl Prepared {
     /// runs a first step.
     ///
     /// # Errors
-    /// [`ModelError::Option`] for impossible sizes, [`ModelError::NaiveUnsupported`] and
-    /// [`ModelError::WarmUp`].
+    /// [`ModelError::Option`] for impossible sizes, [`ModelError::OutOfMemory`],
+    /// [`ModelError::NaiveUnsupported`] and [`ModelError::WarmUp`].
     pub fn into_runner(self, options: &RunnerOptions) -> Result<LoadedModel, ModelError> {
         check_sizes(options)?;
+        check_memory(self.weight_bytes())?;
         let start = Instant::now();
-        let mut runner = self.build(options)?;
+        let (mut runner, memory) = self.build(options)?;
         let convert = start.elapsed();
         let start = Instant::now();
         for tokens in [1, options.max_batched_tokens] {
             warm_up(runner.as_mut(), tokens, options)?;
         }
         let timings = LoadTimings { read: self.read, convert, warm_up: start.elapsed() };
-        let memory = self.memory(options);
         Ok(LoadedModel { runner, config: self.config, text: self.text, memory, timings })
     }
 
-    fn build(&self, options: &RunnerOptions) -> Result<Box<dyn ModelRunner + Send>, ModelError> {
+    fn build(
+        &self,
+        options: &RunnerOptions,
+    ) -> Result<(Box<dyn ModelRunner + Send>, MemoryReport), ModelError> {
         let (config, weights) = (&self.config, &self.weights);
         match options.engine {
             EngineKind::Paged => {
@@ -179,22 +181,26 @@ impl Prepared {
                     threads: options.threads,
                     kv_dtype: options.kv_dtype,
                 };
-                Ok(Box::new(CpuRunner::new(config, weights, self.dtype, cpu)?))
+                let runner = CpuRunner::new(config, weights, self.dtype, cpu)?;
+                let memory = MemoryReport {
+                    weight_bytes: runner.weight_bytes(),
+                    kv_cache_bytes: runner.kv_cache_bytes(),
+                    activation_bytes: 4 * activation_values(config, cpu.max_batched_tokens),
+                };
+                Ok((Box::new(runner), memory))
             }
             EngineKind::Naive => {
                 let dtype = self.given_dtype.unwrap_or(WeightDtype::F32);
                 let max_model_len = options.max_model_len as usize;
-                Ok(Box::new(NaiveRunner::new(config, weights, dtype, max_model_len, options.threads)?))
+                let runner = NaiveRunner::new(config, weights, dtype, max_model_len, options.threads)?;
+                let values = config.kv_values_per_token() * u64::from(options.max_model_len);
+                let memory = MemoryReport {
+                    weight_bytes: config.num_parameters() * dtype.bytes() as u64,
+                    kv_cache_bytes: values * dtype.bytes() as u64,
+                    activation_bytes: 0,
+                };
+                Ok((Box::new(runner), memory))
             }
-        }
-    }
-
-    fn memory(&self, options: &RunnerOptions) -> MemoryReport {
-        let block = self.kv_bytes_per_block(options.block_size, options.kv_dtype);
-        MemoryReport {
-            weight_bytes: self.weight_bytes(),
-            kv_cache_bytes: block * u64::from(options.num_blocks),
-            activation_bytes: 4 * activation_values(&self.config, options.max_batched_tokens as usize),
         }
     }
 }
@@ -221,6 +227,22 @@ fn check_sizes(options: &RunnerOptions) -> Result<(), ModelError> {
         });
     }
     Ok(())
+}
+
+/// Refuses weights that the machine has no room for, where the system tells how much that is: an
+/// allocation that fails later ends the process.
+fn check_memory(needed_bytes: u64) -> Result<(), ModelError> {
+    let available = |text: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    let kibibytes = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
+    match kibibytes.map(|kibibytes| kibibytes.saturating_mul(1024)) {
+        Some(free_bytes) if needed_bytes > free_bytes => {
+            Err(ModelError::OutOfMemory { needed_bytes, free_bytes })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Touches all weights and buffers, so that the first request does not pay for it. Writes only to

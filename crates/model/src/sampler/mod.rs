@@ -3,6 +3,7 @@
 //! The order of the modifications is vLLM's: logit bias and banned tokens, penalties, temperature,
 //! min_p, top_k, top_p. Log-probabilities are taken from the logits before all of that.
 
+mod exp;
 mod philox;
 mod select;
 
@@ -12,6 +13,7 @@ use servelab_engine::{
     Draw, History, LogitsRow, RowOutput, RunnerError, SamplingParams, TokenId, TokenLogprobs, Want,
 };
 
+use exp::exp_nonpositive;
 pub use philox::{philox4x32, uniform};
 use select::{Candidate, argmax, keep_first, keep_nucleus, top_k};
 
@@ -19,6 +21,8 @@ use select::{Candidate, argmax, keep_first, keep_nucleus, top_k};
 #[derive(Debug, Default)]
 pub struct Sampler {
     logits: Vec<f32>,
+    /// Probability of each token relative to the likeliest. `[vocabulary]`
+    weights: Vec<f32>,
     candidates: Vec<Candidate>,
     counts: HashMap<TokenId, u32>,
 }
@@ -59,8 +63,8 @@ impl Sampler {
             let size = logits.len();
             return Err(RunnerError::Step(format!("token {token} is not in the vocabulary of {size}")));
         };
-        let normaliser = log_sum_exp(logits, largest);
-        let logprob = |logit: f32| (f64::from(logit) - normaliser) as f32;
+        let ln_sum = ln_of_sum(logits, largest);
+        let logprob = |logit: f32| (f64::from(logit) - f64::from(largest) - ln_sum) as f32;
         top_k(logits, top as usize, &mut self.candidates);
         Ok(TokenLogprobs {
             logprob: logprob(logit),
@@ -93,12 +97,16 @@ impl Sampler {
             return Ok(likeliest);
         }
         let point = uniform(draw.sampling.seed, draw.choice, draw.output_index);
-        let weight = Weight { largest, inverse_temperature: 1.0 / f64::from(params.temperature) };
+        let weight = Weight { largest, temperature: params.temperature };
         if params.top_k.is_none() && params.top_p >= 1.0 && params.min_p <= 0.0 {
-            return Ok(choose_from_all(&self.logits, weight, point));
+            self.weights.clear();
+            self.weights.extend(self.logits.iter().map(|logit| weight.of(*logit)));
+            let all = self.weights.iter().enumerate().map(|(token, weight)| (token as TokenId, *weight));
+            return Ok(choose(all, point).unwrap_or(likeliest));
         }
         self.truncate(params, weight);
-        Ok(choose(&self.candidates, weight, point).unwrap_or(likeliest))
+        let kept = self.candidates.iter().map(|(token, logit)| (*token, weight.of(*logit)));
+        Ok(choose(kept, point).unwrap_or(likeliest))
     }
 
     fn penalise(&mut self, params: &SamplingParams, history: &History) {
@@ -122,7 +130,7 @@ impl Sampler {
 
     /// Leaves in `candidates` what min_p, top_k and top_p keep, each on what the one before kept.
     fn truncate(&mut self, params: &SamplingParams, weight: Weight) {
-        let kept = |logit: f32| logit > f32::NEG_INFINITY && weight.of(logit) >= f64::from(params.min_p);
+        let kept = |logit: f32| logit > f32::NEG_INFINITY && weight.of(logit) >= params.min_p;
         self.candidates.clear();
         let all = self.logits.iter().enumerate().map(|(token, logit)| (token as TokenId, *logit));
         self.candidates.extend(all.filter(|(_, logit)| kept(*logit)));
@@ -130,9 +138,9 @@ impl Sampler {
             keep_first(&mut self.candidates, k.max(1) as usize);
         }
         if params.top_p < 1.0 {
-            let total: f64 = self.candidates.iter().map(|(_, logit)| weight.of(*logit)).sum();
+            let total: f64 = self.candidates.iter().map(|(_, logit)| f64::from(weight.of(*logit))).sum();
             let target = f64::from(params.top_p) * total;
-            keep_nucleus(&mut self.candidates, target, |logit| weight.of(logit));
+            keep_nucleus(&mut self.candidates, target, |logit| f64::from(weight.of(logit)));
         }
     }
 }
@@ -156,53 +164,35 @@ fn add(logits: &mut [f32], token: TokenId, value: f32) {
 #[derive(Clone, Copy)]
 struct Weight {
     largest: f32,
-    inverse_temperature: f64,
+    temperature: f32,
 }
 
 impl Weight {
-    fn of(self, logit: f32) -> f64 {
-        ((f64::from(logit) - f64::from(self.largest)) * self.inverse_temperature).exp()
+    fn of(self, logit: f32) -> f32 {
+        // 0 / 0 does not occur: the temperature of a draw is above 0.
+        exp_nonpositive((logit - self.largest) / self.temperature)
     }
 }
 
-/// Inverts the cumulative distribution at `point` of [0, 1).
-fn choose(candidates: &[Candidate], weight: Weight, point: f64) -> Option<TokenId> {
-    let total: f64 = candidates.iter().map(|(_, logit)| weight.of(*logit)).sum();
+/// Inverts the cumulative distribution of `weights` at `point` of [0, 1). `None` if there is nothing to
+/// choose from.
+fn choose(weights: impl Iterator<Item = (TokenId, f32)> + Clone, point: f64) -> Option<TokenId> {
+    let total: f64 = weights.clone().map(|(_, weight)| f64::from(weight)).sum();
     let (mut rest, mut last) = (point * total, None);
-    for (token, logit) in candidates {
-        let share = weight.of(*logit);
-        if share > 0.0 {
-            last = Some(*token);
-            rest -= share;
-            if rest < 0.0 {
-                break;
-            }
+    for (token, weight) in weights.filter(|(_, weight)| *weight > 0.0) {
+        last = Some(token);
+        rest -= f64::from(weight);
+        if rest < 0.0 {
+            break;
         }
     }
     last
 }
 
-/// As [`choose`], of the whole vocabulary in the order of token ids.
-fn choose_from_all(logits: &[f32], weight: Weight, point: f64) -> TokenId {
-    let total: f64 = logits.iter().map(|logit| weight.of(*logit)).sum();
-    let (mut rest, mut last) = (point * total, 0);
-    for (token, logit) in logits.iter().enumerate() {
-        let share = weight.of(*logit);
-        if share > 0.0 {
-            last = token as TokenId;
-            rest -= share;
-            if rest < 0.0 {
-                break;
-            }
-        }
-    }
-    last
-}
-
-/// `ln(sum(exp(logits)))`, shifted by the largest so that nothing overflows.
-fn log_sum_exp(logits: &[f32], largest: f32) -> f64 {
-    let sum: f64 = logits.iter().map(|logit| f64::from((logit - largest).exp())).sum();
-    f64::from(largest) + sum.ln()
+/// `ln(sum(exp(logit - largest)))`: with the largest taken off first nothing overflows, and nothing is
+/// rounded away where all logits are large.
+fn ln_of_sum(logits: &[f32], largest: f32) -> f64 {
+    logits.iter().map(|logit| f64::from(exp_nonpositive(logit - largest))).sum::<f64>().ln()
 }
 
 /// Weights that are broken, or a value that overflowed, show as NaN or infinity.
