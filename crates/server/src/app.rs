@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use servelab_engine::Timestamp;
+use servelab_engine::{AdmissionError, Timestamp};
 use servelab_telemetry::{Metrics, RejectionReason};
 use servelab_wire::CommonFields;
 use tokio_util::sync::CancellationToken;
@@ -125,12 +125,18 @@ impl App {
         Duration::from_secs(self.clock.now().as_secs().clamp(1, 30))
     }
 
-    /// Takes `count` places in the replica.
+    /// Takes a place in the replica for each of `prompts`, all with `n` choices.
     ///
     /// # Errors
-    /// If there are not as many.
-    pub fn places(&self, model: &Model, count: usize) -> Result<Vec<Place>, ApiError> {
-        model.admission.enter(count).inspect_err(|_| {
+    /// If there are not as many, or if `n` choices can never run. (The engine would say so too, but by
+    /// then each choice would have a detokenizer.)
+    pub fn places(&self, model: &Model, prompts: usize, n: u32) -> Result<Vec<Place>, ApiError> {
+        let max_running = model.engine.max_running;
+        if n > max_running {
+            self.metrics.admission_rejections.of(RejectionReason::TooManyChoices).inc();
+            return Err(ApiError::Admission(AdmissionError::TooManyChoices { n, max_running }));
+        }
+        model.admission.enter(prompts).inspect_err(|_| {
             self.metrics.admission_rejections.of(RejectionReason::QueueFull).inc();
         })
     }

@@ -215,8 +215,9 @@ impl EngineThread {
             Command::Add(submission) => self.add(*submission),
             Command::Abort(request) => {
                 self.engine.abort(request);
-                if let Some(live) = self.live.remove(&request) {
-                    live.timings.finish(self.clock.now(), FinishedReason::Abort);
+                if let Some(mut live) = self.live.remove(&request) {
+                    live.reason = FinishedReason::Abort;
+                    live.finish(self.clock.now());
                 }
             }
             Command::FinishChoice { request, choice } => {
@@ -323,7 +324,7 @@ impl EngineThread {
         if live.open_choices == 0
             && let Some(ended) = self.live.remove(&id)
         {
-            ended.timings.finish(now, ended.reason);
+            ended.finish(now);
         }
     }
 
@@ -355,6 +356,11 @@ impl EngineThread {
 }
 
 impl Live {
+    fn finish(self, now: Timestamp) {
+        tracing::debug!(request_id = &*self.http_request_id, reason = ?self.reason, "request ended");
+        self.timings.finish(now, self.reason);
+    }
+
     fn scheduled(&mut self, now: Timestamp, cached_tokens: u32) {
         self.timings.scheduled(now, cached_tokens);
         if !self.started {

@@ -44,6 +44,14 @@ pub struct Generation {
     usage: Usage,
 }
 
+/// What an event gives.
+#[derive(Default)]
+struct Applied {
+    delta: Option<Delta>,
+    /// The choice that a stop string ended, of which the engine does not know yet.
+    stopped: Option<(RequestId, u32)>,
+}
+
 /// One prompt of it, which is one request of the engine.
 pub struct Part {
     id: RequestId,
@@ -151,7 +159,7 @@ impl Generation {
         };
         // The engine drops the channel without an end only when it is lost.
         let (part, event) = event.ok_or(ApiError::Down)?;
-        let (delta, stopped) = self.apply(part, event)?;
+        let Applied { delta, stopped } = self.apply(part, event)?;
         if let Some(mut delta) = delta {
             delta.usage = self.usage;
             self.ready.push_back(delta);
@@ -164,12 +172,7 @@ impl Generation {
         Ok(())
     }
 
-    /// The piece that an event gives, and the choice that it stopped by a stop string.
-    fn apply(
-        &mut self,
-        at: usize,
-        event: RequestEvent,
-    ) -> Result<(Option<Delta>, Option<(RequestId, u32)>), ApiError> {
+    fn apply(&mut self, at: usize, event: RequestEvent) -> Result<Applied, ApiError> {
         let first_choice: u32 = self.parts[..at].iter().map(|part| part.choices.len() as u32).sum();
         let part = &mut self.parts[at];
         match event {
@@ -184,26 +187,26 @@ impl Generation {
             }
             RequestEvent::PromptLogprobs(logprobs) => part.prompt_logprobs = Some(logprobs),
             RequestEvent::Token { choice, token, logprobs } => {
-                let Some(text) = part.choices.get_mut(choice as usize) else { return Ok((None, None)) };
-                let Some(mut delta) = text.token(token, logprobs) else { return Ok((None, None)) };
+                let Some(text) = part.choices.get_mut(choice as usize) else { return Ok(Applied::default()) };
+                let Some(mut delta) = text.token(token, logprobs) else { return Ok(Applied::default()) };
                 delta.choice = first_choice + choice;
                 self.usage.completion_tokens += 1;
                 self.usage.total_tokens = self.usage.prompt_tokens + self.usage.completion_tokens;
                 let stopped = delta.finish.is_some().then_some((part.id, choice));
-                return Ok((Some(delta), stopped));
+                return Ok(Applied { delta: Some(delta), stopped });
             }
             RequestEvent::Finished { choice, reason } => {
-                let Some(text) = part.choices.get_mut(choice as usize) else { return Ok((None, None)) };
+                let Some(text) = part.choices.get_mut(choice as usize) else { return Ok(Applied::default()) };
                 if text.finished {
-                    return Ok((None, None));
+                    return Ok(Applied::default());
                 }
                 part.open -= 1;
                 let mut delta = text.finish(reason)?;
                 delta.choice = first_choice + choice;
-                return Ok((Some(delta), None));
+                return Ok(Applied { delta: Some(delta), stopped: None });
             }
         }
-        Ok((None, None))
+        Ok(Applied::default())
     }
 }
 

@@ -20,6 +20,8 @@ where
     T: Serialize + Send + 'static,
     S: Stream<Item = Result<T, ApiError>> + Send + 'static,
 {
+    // The body is polled outside the request's span; what is logged then belongs to it all the same.
+    let span = tracing::Span::current();
     // A panic in the making of a chunk is this request's end and nobody else's.
     let chunks = AssertUnwindSafe(chunks).catch_unwind();
     let frames = async_stream::stream! {
@@ -29,12 +31,12 @@ where
                 Ok(chunk) => match sse::frame(&chunk) {
                     Ok(frame) => yield frame,
                     Err(error) => {
-                        yield error_frame(&ApiError::Internal(error.to_string()));
+                        yield error_frame(&span, &ApiError::Internal(error.to_string()));
                         return;
                     }
                 },
                 Err(error) => {
-                    yield error_frame(&error);
+                    yield error_frame(&span, &error);
                     return;
                 }
             }
@@ -51,9 +53,10 @@ where
     response
 }
 
-fn error_frame(error: &ApiError) -> String {
-    if let Some(detail) = error.log_detail() {
-        tracing::error!(detail, "a stream failed");
-    }
+fn error_frame(span: &tracing::Span, error: &ApiError) -> String {
+    span.in_scope(|| match error.log_detail() {
+        Some(detail) => tracing::error!(detail, "a stream failed"),
+        None => tracing::warn!(%error, "a stream was cut"),
+    });
     sse::frame(&error.envelope()).unwrap_or_default()
 }

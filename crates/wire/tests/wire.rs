@@ -1,5 +1,7 @@
 //! Requests read from JSON, and events read from bytes.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use serde_json::{Value, json};
 use servelab_wire::sse::{SseReader, frame};
 use servelab_wire::unsupported::{Api, UNSUPPORTED};
@@ -60,9 +62,9 @@ fn to_continue_the_last_message_is_to_open_no_new_one() {
 fn prompts_have_four_forms() {
     let prompts = |prompt: Value| completion(json!({"prompt": prompt})).unwrap().prompts;
     let (text, tokens) = (Prompt::Text("a".into()), Prompt::Tokens(vec![1, 2]));
-    assert_eq!(prompts(json!("a")), [text.clone()]);
+    assert_eq!(prompts(json!("a")), vec![text.clone()]);
     assert_eq!(prompts(json!(["a", "a"])), [text.clone(), text]);
-    assert_eq!(prompts(json!([1, 2])), [tokens.clone()]);
+    assert_eq!(prompts(json!([1, 2])), vec![tokens.clone()]);
     assert_eq!(prompts(json!([[1, 2], [1, 2]])), [tokens.clone(), tokens]);
 }
 

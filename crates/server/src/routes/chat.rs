@@ -34,7 +34,7 @@ pub async fn create(
     let body = body::json(&head.headers, body, app.max_body_bytes, &model.blocking).await?;
     let request = ChatRequest::read(body)?;
     app.check_name(request.common.model.as_deref())?;
-    let places = app.places(&model, 1)?;
+    let places = app.places(&model, 1, request.common.n)?;
     let prompt = model.tokenise_chat(conversation(&request)).await?;
     let ask = Ask {
         common: &request.common,

@@ -33,7 +33,7 @@ pub async fn create(
     let body = body::json(&head.headers, body, app.max_body_bytes, &model.blocking).await?;
     let request = CompletionRequest::read(body)?;
     app.check_name(request.common.model.as_deref())?;
-    let places = app.places(&model, request.prompts.len())?;
+    let places = app.places(&model, request.prompts.len(), request.common.n)?;
     let prompts = tokenised(&model, &request).await?;
     let ask = Ask {
         common: &request.common,

@@ -9,6 +9,8 @@
 //! - `life`: loading, draining, failing
 //! - `fuzz`: mutated bodies
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod answers;
 mod clients;
 mod fields;
