@@ -1,4 +1,5 @@
 //! Checkpoints that are broken or made to do harm: an error that names the fault, never a panic.
+#![allow(clippy::unwrap_used, reason = "a helper that unwraps fails the test that called it")]
 
 mod common;
 

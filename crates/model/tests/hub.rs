@@ -1,4 +1,5 @@
 //! Downloads from a server on this machine that answers as the model hub does.
+#![allow(clippy::unwrap_used, reason = "a helper that unwraps fails the test that called it")]
 
 mod common;
 

@@ -61,7 +61,7 @@ fn reference(params: &SamplingParams, mut logits: Vec<f64>) -> Vec<f64> {
 /// Draws agree with `expected` (chi-square, 0.9999 quantile by Wilson and Hilferty).
 fn assert_distribution(params: &SamplingParams, expected: &[f64]) {
     const DRAWS: u32 = 20_000;
-    let mut counts = vec![0u32; VOCAB];
+    let mut counts = [0u32; VOCAB];
     (0..DRAWS).for_each(|index| counts[token(params, index) as usize] += 1);
     let (mut chi, mut cells) = (0.0, 0);
     let (mut rare_expected, mut rare_found) = (0.0, 0.0);
@@ -115,7 +115,7 @@ fn draws_depend_on_seed_choice_and_position_only() {
     assert_ne!(draws(&params), draws(&SamplingParams { seed: 43, ..params.clone() }));
     // A sampler that answered other rows before gives the same.
     let mut used = Sampler::default();
-    used.answer(&vec![1.0; 7], &row(SamplingParams { top_p: 0.5, ..params.clone() }, 5, None, &[])).unwrap();
+    used.answer(&[1.0; 7], &row(SamplingParams { top_p: 0.5, ..params.clone() }, 5, None, &[])).unwrap();
     let again: Vec<TokenId> =
         (0..64).map(|i| used.answer(&logits(), &row(params.clone(), i, None, &[])).unwrap().token).collect();
     assert_eq!(again, draws(&params));
