@@ -140,7 +140,7 @@ impl ThreadPool {
         while self.shared.state.load(Ordering::Acquire) & INSIDE != 0 {
             spins += 1;
             // A worker whose core was taken away in mid-task needs this one.
-            if spins > 2_000 { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if spins > 200 { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
     }
 }
