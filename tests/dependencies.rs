@@ -85,7 +85,10 @@ fn every_dependency_may_be_used() {
     for package in &packages {
         let name = package["name"].as_str().unwrap();
         let licence = package["license"].as_str().unwrap_or("none");
-        assert!(is_met(licence, &allowed), "{name} has the licence {licence}, which deny.toml does not allow");
+        assert!(
+            is_met(licence, &allowed),
+            "{name} has the licence {licence}, which deny.toml does not allow"
+        );
         let source = package["source"].as_str();
         assert!(source.is_none_or(|source| source == REGISTRY), "{name} comes from {source:?}");
     }
@@ -94,10 +97,13 @@ fn every_dependency_may_be_used() {
 #[test]
 fn licence_expressions_are_understood() {
     let allowed = ["MIT".to_owned(), "ISC".to_owned(), "A WITH B".to_owned()];
-    for met in ["MIT", "GPL-3.0 OR MIT", "GPL-3.0/MIT", "MIT AND ISC", "(GPL-3.0 OR MIT) AND ISC", "A WITH B"] {
+    for met in ["MIT", "GPL-3.0 OR MIT", "GPL-3.0/MIT", "MIT AND ISC", "(GPL-3.0 OR MIT) AND ISC", "A WITH B"]
+    {
         assert!(is_met(met, &allowed), "{met}");
     }
-    for unmet in ["", "GPL-3.0", "MIT AND GPL-3.0", "A", "(MIT", "MIT)", "MIT OR", "A WITH C", "MIT ISC", "none"] {
+    for unmet in
+        ["", "GPL-3.0", "MIT AND GPL-3.0", "A", "(MIT", "MIT)", "MIT OR", "A WITH C", "MIT ISC", "none"]
+    {
         assert!(!is_met(unmet, &allowed), "{unmet}");
     }
 }

@@ -38,7 +38,8 @@ struct Timing {
 async fn main() -> Result<(), Failure> {
     let load = Arc::new(parse_arguments()?);
     let next = Arc::new(AtomicU64::new(0));
-    let http = reqwest::Client::new();
+    // A server may close an idle connection just when it is taken again, so each request opens its own.
+    let http = reqwest::Client::builder().pool_max_idle_per_host(0).build()?;
     let started = Instant::now();
     let clients: Vec<_> =
         (0..load.clients).map(|_| tokio::spawn(client(load.clone(), next.clone(), http.clone()))).collect();

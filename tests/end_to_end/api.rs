@@ -66,7 +66,8 @@ async fn models_and_probes_answer() {
     let (status, models) = server.get("/v1/models").await;
     let models: Value = serde_json::from_str(&models).unwrap();
     assert_eq!(status, 200);
-    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    let ids: Vec<&str> =
+        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["lab", "second"]);
     assert!(models["data"][0]["max_model_len"].as_u64().unwrap() > 0);
     assert!(models["data"][0]["root"].is_string());
@@ -117,8 +118,12 @@ async fn log_probabilities_are_natural_and_ordered() {
     let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
     assert_eq!(content.len(), 4);
     for token in content {
-        let top: Vec<f64> =
-            token["top_logprobs"].as_array().unwrap().iter().map(|t| t["logprob"].as_f64().unwrap()).collect();
+        let top: Vec<f64> = token["top_logprobs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["logprob"].as_f64().unwrap())
+            .collect();
         assert_eq!(top.len(), 5);
         assert!(top.windows(2).all(|pair| pair[0] >= pair[1]), "{top:?}");
         assert_eq!(token["logprob"].as_f64().unwrap(), top[0], "greedy takes the likeliest");

@@ -34,7 +34,10 @@ fn settings_that_cannot_work_end_with_2_and_one_line() {
     let config = file("port = 0\nmax-runing = 4\n");
     let (code, message) = complaint(&["--config", config.path().to_str().unwrap()]);
     assert_eq!(code, 2);
-    assert!(message.contains("line 2: unknown field `max-runing`") && message.contains("`max-running`"), "{message}");
+    assert!(
+        message.contains("line 2: unknown field `max-runing`") && message.contains("`max-running`"),
+        "{message}"
+    );
     let cases: [(&[&str], &str); 7] = [
         (&["--config", "no/such.toml"], "no/such.toml"),
         (&["--device", "cuda"], "this build serves on the CPU; CUDA is not there yet"),
@@ -89,7 +92,8 @@ async fn a_port_that_is_taken_is_named() {
 
 #[tokio::test]
 async fn a_file_sets_what_flags_do_not() {
-    let config = file("served-model-name = [\"from-file\"]\nblock-size = 32\nkv-memory = \"4MiB\"\nmax-running = 5\n");
+    let config =
+        file("served-model-name = [\"from-file\"]\nblock-size = 32\nkv-memory = \"4MiB\"\nmax-running = 5\n");
     let path = config.path().to_str().unwrap();
     let server = Server::start(&["--config", path, "--kv-blocks", "12", "--max-running", "6"]).await;
     let config = server.engine_state().await["config"].clone();

@@ -50,7 +50,8 @@ async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_sho
     let busy = series(&server).await;
     let still = ["num_requests_waiting", "cache_config_info", "build_info", "model_load_seconds"];
     for metric in names::ALL.iter().filter(|metric| !still.contains(&metric.name)) {
-        let (before, after) = (total(&fresh, metric.name, metric.kind), total(&busy, metric.name, metric.kind));
+        let (before, after) =
+            (total(&fresh, metric.name, metric.kind), total(&busy, metric.name, metric.kind));
         assert!(after > before, "{} did not move: {before}", metric.name);
     }
     for name in ["cache_config_info", "build_info"] {
@@ -59,12 +60,13 @@ async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_sho
     assert!(total(&fresh, "model_load_seconds", Kind::Gauge) > 0.0);
     drop(stream);
     server.until_idle().await;
-    server.until("zero", async || {
-        let idle = series(&server).await;
-        let zero = |name| total(&idle, name, Kind::Gauge) == 0.0;
-        zero("num_requests_running") && zero("kv_cache_usage_perc")
-    })
-    .await;
+    server
+        .until("zero", async || {
+            let idle = series(&server).await;
+            let zero = |name| total(&idle, name, Kind::Gauge) == 0.0;
+            zero("num_requests_running") && zero("kv_cache_usage_perc")
+        })
+        .await;
 }
 
 #[tokio::test]
@@ -125,10 +127,11 @@ async fn another_prefix_gives_vllms_names() {
     let answer = server.client.get(server.url("/metrics")).send().await.unwrap();
     assert!(answer.headers()["content-type"].to_str().unwrap().starts_with("text/plain; version=0.0.4"));
     assert_eq!(server.metric("vllm:num_requests_waiting{model_name=\"lab\"}").await, Some(0.0));
-    server.until("counted", async || {
-        server.metric("vllm:generation_tokens_total{model_name=\"lab\"}").await == Some(2.0)
-    })
-    .await;
+    server
+        .until("counted", async || {
+            server.metric("vllm:generation_tokens_total{model_name=\"lab\"}").await == Some(2.0)
+        })
+        .await;
     assert!(!server.get("/metrics").await.1.contains("servelab_"));
 }
 

@@ -245,8 +245,8 @@ pub fn text(completion: &Value) -> &str {
 /// A text of about `words` tokens, different for each seed.
 pub fn prose(seed: usize, words: usize) -> String {
     const WORDS: [&str; 16] = [
-        "block", "cache", "token", "prefix", "batch", "queue", "step", "decode", "prefill", "request", "memory",
-        "router", "replica", "kernel", "latency", "prompt",
+        "block", "cache", "token", "prefix", "batch", "queue", "step", "decode", "prefill", "request",
+        "memory", "router", "replica", "kernel", "latency", "prompt",
     ];
     let word = |at: usize| WORDS[(seed * 7 + at * (seed % 5 + 3) + at / 9) % WORDS.len()];
     (0..words).map(word).collect::<Vec<_>>().join(" ")

@@ -10,7 +10,8 @@ use serde::Deserialize;
 use crate::size::{ByteSize, TimeSpan};
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
-const STYLES: Styles = Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
+const STYLES: Styles =
+    Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
 
 /// A runnable reference lab for LLM serving.
 #[derive(Parser)]
@@ -240,7 +241,8 @@ mod tests {
 
     #[test]
     fn flags_go_before_the_file() {
-        let file: Typed = toml::from_str("port = 1\nseed = 7\nkv-blocks = 10\ndrain-timeout = \"5s\"").unwrap();
+        let file: Typed =
+            toml::from_str("port = 1\nseed = 7\nkv-blocks = 10\ndrain-timeout = \"5s\"").unwrap();
         let merged = typed(&["--port", "2", "--kv-memory", "1MiB"]).over(file);
         assert_eq!((merged.port, merged.seed), (Some(2), Some(7)));
         assert_eq!((merged.kv_blocks, merged.kv_memory), (None, Some(ByteSize(1 << 20))));

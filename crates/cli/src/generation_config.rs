@@ -51,7 +51,8 @@ mod tests {
 
     #[test]
     fn values_are_read_and_absent_ones_stay_absent() {
-        let file = br#"{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": null, "eos_token_id": [1, 2]}"#;
+        let file =
+            br#"{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": null, "eos_token_id": [1, 2]}"#;
         let defaults = sampling_defaults(Some(file)).unwrap();
         assert_eq!((defaults.temperature, defaults.top_k, defaults.top_p), (Some(0.6), Some(20), Some(0.95)));
         assert_eq!((defaults.min_p, defaults.repetition_penalty), (None, None));
@@ -61,7 +62,8 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_by_name() {
-        for file in [r#"{"temperature": -1}"#, r#"{"top_p": 2}"#, r#"{"top_k": "many"}"#, r#"{"top_k": 1.5}"#] {
+        for file in [r#"{"temperature": -1}"#, r#"{"top_p": 2}"#, r#"{"top_k": "many"}"#, r#"{"top_k": 1.5}"#]
+        {
             let error = sampling_defaults(Some(file.as_bytes())).unwrap_err().to_string();
             assert!(error.contains("generation_config.json; it must be"), "{error}");
         }

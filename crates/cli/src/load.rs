@@ -73,9 +73,11 @@ pub fn load(
         tracing::warn!("{note}");
     }
     let text = Text::new(prepared.text_files(), prepared.config(), &model.source)?;
-    let sampling_defaults = generation_config::sampling_defaults(prepared.text_files().generation_config.as_deref())
-        .map_err(|error| LoadError(error.to_string()))?;
-    let (architecture, parameters) = (prepared.config().architecture.name(), prepared.config().num_parameters());
+    let sampling_defaults =
+        generation_config::sampling_defaults(prepared.text_files().generation_config.as_deref())
+            .map_err(|error| LoadError(error.to_string()))?;
+    let (architecture, parameters) =
+        (prepared.config().architecture.name(), prepared.config().num_parameters());
     let weight_dtype = prepared.dtype().name();
     let loaded = prepared.into_runner(&plan.runner).map_err(|error| LoadError(error.to_string()))?;
     let summary = Summary {
@@ -155,7 +157,7 @@ impl Text {
         let tokenizer_config = files.tokenizer_config.as_deref();
         Ok(Self {
             tokenizer: Tokenizer::from_json(tokenizer, tokenizer_config).map_err(failed)?,
-            chat_template: ChatTemplate::from_files(files.chat_template.as_deref(), tokenizer_config)
+            chat_template: ChatTemplate::from_files(tokenizer_config, files.chat_template.as_deref())
                 .map_err(failed)?,
             eos_token_ids,
         })

@@ -49,7 +49,9 @@ pub enum PlanError {
          are free; lower --kv-memory or --kv-blocks"
     )]
     NoMemory { bytes: Size, weight_bytes: Size, free_bytes: Size },
-    #[error("the KV cache of {blocks} blocks of {block_size} tokens exceeds the {most} blocks that can be addressed")]
+    #[error(
+        "the KV cache of {blocks} blocks of {block_size} tokens exceeds the {most} blocks that can be addressed"
+    )]
     TooManyBlocks { blocks: u64, block_size: u32, most: u32 },
 }
 
@@ -144,10 +146,11 @@ fn blocks(settings: &EngineSettings, max_model_len: Option<u32>, facts: Facts) -
         }
     };
     check_memory(blocks, facts)?;
-    u32::try_from(blocks)
-        .ok()
-        .filter(|&blocks| blocks <= most)
-        .ok_or(PlanError::TooManyBlocks { blocks, block_size, most })
+    u32::try_from(blocks).ok().filter(|&blocks| blocks <= most).ok_or(PlanError::TooManyBlocks {
+        blocks,
+        block_size,
+        most,
+    })
 }
 
 fn check_memory(blocks: u64, facts: Facts) -> Result<(), PlanError> {

@@ -104,14 +104,14 @@ pub enum SettingsError {
          gets its token in each step; raise the one or lower the other"
     )]
     BatchTooSmall { tokens: u32, running: u32 },
-    #[error("--{name} {value} does not go with --engine naive, {reason}; leave it out, or use --engine paged")]
+    #[error(
+        "--{name} {value} does not go with --engine naive, {reason}; leave it out, or use --engine paged"
+    )]
     NotNaive { name: &'static str, value: String, reason: &'static str },
     #[error("--device cuda: this build serves on the CPU; CUDA is not there yet; use --device cpu or auto")]
     NoCuda,
     #[error("--{name} is for models of a hub, and {model} is none; leave it out")]
     NotAHubModel { name: &'static str, model: String },
-    #[error("--dtype is for weights that are read from a checkpoint or drawn; the embedded demo has its own; leave it out")]
-    DemoDtype,
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
@@ -128,7 +128,12 @@ impl Settings {
     /// The first setting that cannot work, alone or with another.
     pub fn new(typed: Typed, api_keys_variable: Option<&str>) -> Result<Self, SettingsError> {
         let metrics_prefix = typed.metrics_prefix.clone().unwrap_or_else(|| "servelab_".to_owned());
-        ensure(servelab_telemetry::is_prefix(&metrics_prefix), "metrics-prefix", &metrics_prefix, PREFIX_RULE)?;
+        ensure(
+            servelab_telemetry::is_prefix(&metrics_prefix),
+            "metrics-prefix",
+            &metrics_prefix,
+            PREFIX_RULE,
+        )?;
         let log_level = typed.log_level.clone().unwrap_or_else(|| "info".to_owned());
         servelab_telemetry::check_level(&log_level)?;
         let log_format = match typed.log_format {
@@ -197,7 +202,8 @@ fn default_name(source: &ModelSource) -> String {
 
 fn served_names(typed: &Typed, source: &ModelSource) -> Result<Vec<String>, SettingsError> {
     let Some(names) = &typed.served_model_name else { return Ok(vec![default_name(source)]) };
-    let sane = |name: &String| !name.trim().is_empty() && name.len() <= 256 && !name.contains(char::is_control);
+    let sane =
+        |name: &String| !name.trim().is_empty() && name.len() <= 256 && !name.contains(char::is_control);
     let all_sane = !names.is_empty() && names.iter().all(sane);
     ensure(all_sane, "served-model-name", &names.join(","), "one or more names of 1 to 256 printable bytes")?;
     Ok(names.iter().map(|name| name.trim().to_owned()).collect())
@@ -305,7 +311,11 @@ fn naive(typed: &Typed, paged: EngineSettings) -> Result<EngineSettings, Setting
         return refused("no-prefix-cache", "false".to_owned(), "which has no prefix cache");
     }
     if paged.kv_size != KvSize::Suggested || typed.kv_dtype.is_some() || typed.block_size.is_some() {
-        return refused("kv-blocks, --kv-memory, --kv-dtype or --block-size", String::new(), "which has no blocks");
+        return refused(
+            "kv-blocks, --kv-memory, --kv-dtype or --block-size",
+            String::new(),
+            "which has no blocks",
+        );
     }
     Ok(EngineSettings { kind: EngineKind::Naive, max_running: 1, prefix_cache: false, ..paged })
 }
@@ -398,7 +408,10 @@ mod tests {
     #[test]
     fn single_settings_out_of_range_are_named_with_their_rule() {
         let cases: [(fn(&mut Typed), &str); 10] = [
-            (|typed| typed.block_size = Some(24), "--block-size is 24; it must be a power of two from 8 to 256"),
+            (
+                |typed| typed.block_size = Some(24),
+                "--block-size is 24; it must be a power of two from 8 to 256",
+            ),
             (|typed| typed.block_size = Some(512), "--block-size is 512"),
             (|typed| typed.max_batched_tokens = Some(0), "--max-batched-tokens is 0"),
             (|typed| typed.max_running = Some(0), "--max-running is 0"),

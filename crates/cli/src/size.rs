@@ -26,7 +26,9 @@ const UNITS: &[(&str, u64)] = &[
 /// What was typed is no size.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QuantityError {
-    #[error("{0:?} is no size; give bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 512MiB")]
+    #[error(
+        "{0:?} is no size; give bytes, or a number with kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 512MiB"
+    )]
     Size(String),
     #[error("{0:?} is no time; give seconds, or a number with ms, s, m or h, such as 30s")]
     Time(String),
@@ -139,7 +141,9 @@ mod tests {
 
     #[test]
     fn times_are_seconds_unless_a_unit_says_otherwise() {
-        for (text, milliseconds) in [("30", 30_000), ("0.5", 500), ("250ms", 250), ("2m", 120_000), ("1h", 3_600_000)] {
+        for (text, milliseconds) in
+            [("30", 30_000), ("0.5", 500), ("250ms", 250), ("2m", 120_000), ("1h", 3_600_000)]
+        {
             assert_eq!(text.parse(), Ok(TimeSpan(Duration::from_millis(milliseconds))), "{text}");
         }
         for text in ["", "s", "-1s", "inf", "5 days", "99999999999h"] {

@@ -58,10 +58,10 @@ def main() -> None:
     state, steps = train(model, tokenizer, entries, args)
     minutes = (time.time() - started) / 60
     model.load_state_dict(rounded(state))
-    main_score, also_score = final_scores(model, tokenizer, entries)
+    scores = final_scores(model, tokenizer, entries)
     finite_for = long_generation(model, tokenizer)
     export(model, tokenizer, args.out)
-    write_card(args, entries, parameters, steps, minutes, main_score, also_score, finite_for)
+    write_card(args, entries, parameters, steps, minutes, scores, finite_for)
 
 
 def arguments() -> argparse.Namespace:
@@ -121,7 +121,10 @@ def train(
     return best, step
 
 
-def train_step(model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: list[Sample], rate: float):
+def train_step(
+    model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: list[Sample], rate: float
+) -> tuple[float, int]:
+    """One optimiser step; the loss and the tokens computed, padding included."""
     model.train()
     for group in optimiser.param_groups:
         group["lr"] = rate
@@ -173,13 +176,19 @@ def rounded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(torch.bfloat16).to(torch.float32) for name, tensor in state.items()}
 
 
-def final_scores(model: LlamaForCausalLM, tokenizer: Tokenizer, entries: list[Entry]) -> tuple[Score, Score]:
-    main_score = evaluate(model, tokenizer, [(entry.question, entry) for entry in entries])
-    also_score = evaluate(model, tokenizer, [(phrase, entry) for entry in entries for phrase in entry.also])
-    print(f"bf16 main questions: {main_score.line()}\nbf16 other phrasings: {also_score.line()}")
-    for phrase, given in main_score.wrong + also_score.wrong:
-        print(f"not exact: {phrase}\n    {given}")
-    return main_score, also_score
+def final_scores(model: LlamaForCausalLM, tokenizer: Tokenizer, entries: list[Entry]) -> dict[str, Score]:
+    """By kind of phrasing, as the card names them."""
+    asked = {
+        "main": [(entry.question, entry) for entry in entries],
+        "also": [(phrase, entry) for entry in entries for phrase in entry.also],
+        "sloppy": [(entry.question.lower().rstrip("?"), entry) for entry in entries],
+    }
+    scores = {kind: evaluate(model, tokenizer, pairs) for kind, pairs in asked.items()}
+    for kind, score in scores.items():
+        print(f"bf16 {kind}: {score.line()}", flush=True)
+        for phrase, given in score.wrong:
+            print(f"not exact: {phrase}\n    {given}")
+    return scores
 
 
 @torch.no_grad()
@@ -246,7 +255,16 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_card(args, entries, parameters, steps, minutes, main_score: Score, also_score: Score, finite_for: int) -> None:
+def write_card(
+    args: argparse.Namespace,
+    entries: list[Entry],
+    parameters: int,
+    steps: int,
+    minutes: float,
+    scores: dict[str, Score],
+    finite_for: int,
+) -> None:
+    """Fills card.md with what was measured and writes it as the folder's README.md."""
     files = model_files(args.out)
     total = sum(path.stat().st_size for path in files)
     text = (HERE / "card.md").read_text().format(
@@ -261,10 +279,9 @@ def write_card(args, entries, parameters, steps, minutes, main_score: Score, als
         seed=args.seed,
         threads=args.threads,
         minutes=f"{minutes:.0f}",
-        main=main_score.line(),
-        also=also_score.line(),
+        **{kind: score.line() for kind, score in scores.items()},
         finite_for=f"{finite_for:,}",
-        **{key: SHAPE[key] for key in SHAPE},
+        **SHAPE,
     )
     (args.out / "README.md").write_text(text)
 
