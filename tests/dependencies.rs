@@ -1,6 +1,7 @@
 //! Every dependency has a licence that `deny.toml` allows and comes from the crates registry.
 //!
 //! The same check as `cargo deny check licenses sources`, from the same list, without a tool to install.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::path::Path;
 use std::process::Command;
@@ -37,44 +38,43 @@ fn is_met(expression: &str, allowed: &[String]) -> bool {
     let spaced = expression.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
     let tokens: Vec<&str> = spaced.split_whitespace().collect();
     let mut rest = tokens.as_slice();
-    let met = alternatives(&mut rest, allowed);
-    met && rest.is_empty()
+    alternatives(&mut rest, allowed) == Some(true) && rest.is_empty()
 }
 
-fn alternatives(rest: &mut &[&str], allowed: &[String]) -> bool {
-    let mut met = all_of(rest, allowed);
+/// `None` if the tokens are no expression.
+fn alternatives(rest: &mut &[&str], allowed: &[String]) -> Option<bool> {
+    let mut met = all_of(rest, allowed)?;
     while rest.first() == Some(&"OR") {
         *rest = &rest[1..];
-        // Not `||`: the tokens have to be read even if the first alternative is met.
-        met |= all_of(rest, allowed);
+        met |= all_of(rest, allowed)?;
     }
-    met
+    Some(met)
 }
 
-fn all_of(rest: &mut &[&str], allowed: &[String]) -> bool {
-    let mut met = one(rest, allowed);
+fn all_of(rest: &mut &[&str], allowed: &[String]) -> Option<bool> {
+    let mut met = one(rest, allowed)?;
     while rest.first() == Some(&"AND") {
         *rest = &rest[1..];
-        met &= one(rest, allowed);
+        met &= one(rest, allowed)?;
     }
-    met
+    Some(met)
 }
 
-fn one(rest: &mut &[&str], allowed: &[String]) -> bool {
-    let Some((&first, tail)) = rest.split_first() else { return false };
+fn one(rest: &mut &[&str], allowed: &[String]) -> Option<bool> {
+    let (&first, tail) = rest.split_first()?;
     *rest = tail;
     if first == "(" {
-        let met = alternatives(rest, allowed);
-        let closed = rest.first() == Some(&")");
-        *rest = rest.get(1..).unwrap_or_default();
-        return met && closed;
+        let met = alternatives(rest, allowed)?;
+        let (&closing, tail) = rest.split_first()?;
+        *rest = tail;
+        return (closing == ")").then_some(met);
     }
     let mut name = first.to_owned();
     if let ["WITH", exception, tail @ ..] = *rest {
         name = format!("{name} WITH {exception}");
         *rest = tail;
     }
-    allowed.contains(&name)
+    Some(allowed.contains(&name))
 }
 
 #[test]

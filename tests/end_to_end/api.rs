@@ -76,7 +76,7 @@ async fn models_and_probes_answer() {
     }
     let mut body = greedy("Hello", 2);
     body["model"] = json!("second");
-    assert_eq!(server.ok("/v1/completions", &body).await["model"], "lab");
+    assert_eq!(server.ok("/v1/completions", &body).await["model"], "second", "the name that was asked for");
 }
 
 #[tokio::test]

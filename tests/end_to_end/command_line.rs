@@ -13,8 +13,11 @@ fn file(content: &str) -> NamedTempFile {
 
 /// Runs `servelab serve` with flags that cannot work: one line of complaint, no backtrace.
 fn complaint(flags: &[&str]) -> (i32, String) {
-    let mut command = servelab(&["serve", "--port", "0", "--log-level", "error"]);
+    let mut command = servelab(&["serve", "--log-level", "error"]);
     command.args(flags);
+    if !flags.contains(&"--port") {
+        command.args(["--port", "0"]);
+    }
     let (code, out, err) = run(command);
     assert!(!out.contains("listening"), "{flags:?} must not start: {out}");
     assert!(!err.contains("panicked") && !err.contains("backtrace"), "{err}");
@@ -107,7 +110,8 @@ async fn the_memory_for_the_cache_gives_its_blocks() {
     let server = Server::start(&["--kv-memory", "1MiB"]).await;
     let blocks = server.engine_state().await["blocks"]["total"].as_u64().unwrap();
     let half = Server::start(&["--kv-memory", "1MiB", "--kv-dtype", "bf16"]).await;
-    assert_eq!(half.engine_state().await["blocks"]["total"].as_u64().unwrap(), 2 * blocks);
+    let in_half = half.engine_state().await["blocks"]["total"].as_u64().unwrap();
+    assert!(blocks > 0 && in_half / 2 == blocks, "half the bytes, twice the blocks: {blocks}, {in_half}");
 }
 
 #[tokio::test]

@@ -41,15 +41,18 @@ async fn a_client_that_waits_for_the_whole_answer_and_goes_away_frees_its_blocks
 
 #[tokio::test]
 async fn a_client_that_goes_away_in_the_queue_leaves_it() {
-    let server = Server::start(&["--max-running", "16"]).await;
+    let server = Server::start(&["--max-running", "16", "--kv-blocks", "2000"]).await;
     let mut stream = server.open_stream("/v1/completions", &long_request()).await.bytes_stream();
     stream.next().await.unwrap().unwrap();
-    let request = server.client.post(server.url("/v1/completions")).json(&greedy("Hello", 8)).send();
-    let queued = tokio::spawn(request);
-    let waiting = async || server.engine_state().await["waiting"].as_array().unwrap().len();
-    server.until("waiting", async || waiting().await == 1).await;
+    let request = server.client.post(server.url("/v1/completions")).json(&greedy("Hello", 8));
+    let queued = tokio::spawn(request.header("x-request-id", "queued").send());
+    let waits = async || {
+        let state = server.engine_state().await;
+        state["waiting"].as_array().unwrap().iter().any(|sequence| sequence["request_id"] == "queued")
+    };
+    server.until("waiting", waits).await;
     queued.abort();
-    server.until("empty", async || waiting().await == 0).await;
+    server.until("out of the queue", async || !waits().await).await;
     assert!(running(&server).await > 0, "the other one goes on");
 }
 

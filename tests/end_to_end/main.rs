@@ -1,5 +1,6 @@
 //! End-to-end tests: every one starts the real binary with the embedded demo model and talks to it over
 //! sockets and signals, as clients and operators do.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 /// Starts and stops the binary; HTTP in a few words.
 mod util;

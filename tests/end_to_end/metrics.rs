@@ -1,6 +1,5 @@
 use std::collections::BTreeMap;
 
-use futures::StreamExt;
 use futures::future::join_all;
 use serde_json::json;
 use servelab_telemetry::names::{self, Kind};
@@ -45,11 +44,9 @@ async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_sho
         assert!(fresh.keys().any(|series| series.starts_with(&prefix)), "{prefix} is not exported");
     }
     let_everything_happen(&server).await;
-    let mut stream = server.open_stream("/v1/completions", &greedy("The queue", 200)).await.bytes_stream();
-    stream.next().await.unwrap().unwrap();
+    server.until_idle().await;
     let busy = series(&server).await;
-    let still = ["num_requests_waiting", "cache_config_info", "build_info", "model_load_seconds"];
-    for metric in names::ALL.iter().filter(|metric| !still.contains(&metric.name)) {
+    for metric in names::ALL.iter().filter(|metric| metric.kind != Kind::Gauge) {
         let (before, after) =
             (total(&fresh, metric.name, metric.kind), total(&busy, metric.name, metric.kind));
         assert!(after > before, "{} did not move: {before}", metric.name);
@@ -58,19 +55,10 @@ async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_sho
         assert_eq!(total(&fresh, name, Kind::Gauge), 1.0, "{name}");
     }
     assert!(total(&fresh, "model_load_seconds", Kind::Gauge) > 0.0);
-    drop(stream);
-    server.until_idle().await;
-    server
-        .until("zero", async || {
-            let idle = series(&server).await;
-            let zero = |name| total(&idle, name, Kind::Gauge) == 0.0;
-            zero("num_requests_running") && zero("kv_cache_usage_perc")
-        })
-        .await;
 }
 
 #[tokio::test]
-async fn waiting_requests_are_counted_while_they_wait() {
+async fn gauges_follow_what_runs_and_waits() {
     let server = Server::start(&["--max-running", "1"]).await;
     let body = greedy("The queue", 1500);
     let streams = join_all((0..3).map(|_| server.open_stream("/v1/completions", &body))).await;
@@ -78,8 +66,13 @@ async fn waiting_requests_are_counted_while_they_wait() {
     let running = "servelab_num_requests_running{model_name=\"demo\"}";
     server.until("two waiting", async || server.metric(waiting).await == Some(2.0)).await;
     assert_eq!(server.metric(running).await, Some(1.0));
+    let usage = "servelab_kv_cache_usage_perc{model_name=\"demo\"}";
+    let share = server.metric(usage).await.unwrap();
+    assert!(share > 0.0 && share <= 1.0, "{share}");
     drop(streams);
-    server.until("none waiting", async || server.metric(waiting).await == Some(0.0)).await;
+    for gauge in [waiting, running, usage] {
+        server.until("back at 0", async || server.metric(gauge).await == Some(0.0)).await;
+    }
 }
 
 #[tokio::test]

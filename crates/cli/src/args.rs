@@ -56,8 +56,8 @@ pub struct Typed {
     /// Number format of the weights; auto: as the checkpoint stores them [default: auto].
     #[arg(long, help_heading = "Model")]
     pub dtype: Option<Dtype>,
-    /// Names under which clients ask for the model, separated by commas; answers and metrics carry the
-    /// first [default: demo, the hub id, or the name of the folder].
+    /// Names under which clients ask for the model, separated by commas; answers carry the one asked for,
+    /// metrics the first [default: demo, the hub id, or the name of the folder].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "Model")]
     pub served_model_name: Option<Vec<String>>,
     /// Longest sequence, prompt and output together, in tokens [default: the model's context, or what the

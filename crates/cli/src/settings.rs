@@ -407,7 +407,8 @@ mod tests {
 
     #[test]
     fn single_settings_out_of_range_are_named_with_their_rule() {
-        let cases: [(fn(&mut Typed), &str); 10] = [
+        type Change = fn(&mut Typed);
+        let cases: [(Change, &str); 10] = [
             (
                 |typed| typed.block_size = Some(24),
                 "--block-size is 24; it must be a power of two from 8 to 256",

@@ -20,8 +20,8 @@ pub struct ServerOptions {
     pub host: String,
     /// 0 takes a free port; see [`crate::Server::local_addr`].
     pub port: u16,
-    /// Names under which clients may ask for the model; at least one. Answers and metrics carry the
-    /// first.
+    /// Names under which clients may ask for the model; at least one. Answers carry the one asked for,
+    /// metrics the first.
     pub served_model_names: Vec<String>,
     /// Requests that may wait beyond those that run; one more is answered 429.
     pub max_waiting: u32,
