@@ -1,4 +1,5 @@
 //! `/metrics` as text: what people and scrapers see.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
