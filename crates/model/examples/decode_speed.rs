@@ -38,7 +38,7 @@ struct Arguments {
     /// 0: one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Prompt tokens of the prefill measurement
+    /// Prompt tokens, of the prefill measurement and in front of each decoding sequence
     #[arg(long, default_value_t = 512)]
     prompt: u32,
     /// Tokens decoded per sequence
@@ -73,6 +73,9 @@ struct Report {
     dtype: &'static str,
     kv_dtype: &'static str,
     threads: usize,
+    /// Prompt tokens in front of each decoding sequence, and tokens decoded after them.
+    prompt: u32,
+    decode: u32,
     kernels: &'static str,
     parameters: u64,
     memory_read_gb_per_second: f64,
@@ -132,6 +135,8 @@ fn describe(arguments: &Arguments, source: &ModelSource) -> Result<Report, Box<d
         dtype: arguments.dtype.name(),
         kv_dtype: kv_dtype(arguments).name(),
         threads,
+        prompt: arguments.prompt,
+        decode: arguments.decode,
         kernels: kernels.level().name(),
         parameters: prepared.config().num_parameters(),
         memory_read_gb_per_second: limits.read_bytes_per_second / 1e9,
@@ -160,14 +165,12 @@ fn measure(
     let tokens_per_second = best(&mut || prefill(&mut engine, arguments.prompt, vocab))?;
     rows.push(Row { engine: name, phase: "prefill", size: arguments.prompt, tokens_per_second });
     for size in &arguments.batches {
-        let tokens_per_second = best(&mut || decode(&mut engine, *size, arguments.decode, vocab))?;
+        let tokens_per_second =
+            best(&mut || decode(&mut engine, *size, arguments.prompt, arguments.decode, vocab))?;
         rows.push(Row { engine: name, phase: "decode", size: *size, tokens_per_second });
     }
     Ok(rows)
 }
-
-/// Prompt tokens of each sequence in a decode measurement.
-const SHORT_PROMPT: u32 = 16;
 
 fn build(
     arguments: &Arguments,
@@ -180,16 +183,16 @@ fn build(
         Prepared::open(source, OpenOptions { dtype, seed: arguments.seed, ..OpenOptions::default() })?;
     let vocab = prepared.config().vocab_size as u32;
     let most = arguments.batches.iter().copied().max().unwrap_or(1).max(1);
-    let longest = arguments.prompt.max(SHORT_PROMPT + arguments.decode) + 2;
+    let longest = arguments.prompt + arguments.decode + 2;
     let block_size = 16;
-    let num_blocks =
-        longest.div_ceil(block_size).max(most * (SHORT_PROMPT + arguments.decode + 2).div_ceil(block_size));
+    let num_blocks = most * longest.div_ceil(block_size);
     let options = RunnerOptions {
         engine: kind,
         num_blocks,
         block_size,
         max_model_len: longest,
-        max_batched_tokens: longest.max(most * SHORT_PROMPT),
+        // All prompts in one step, so that all sequences decode from the same step on.
+        max_batched_tokens: longest.max(most * arguments.prompt),
         threads: arguments.threads,
         kv_dtype: kv_dtype(arguments),
     };
@@ -229,10 +232,17 @@ fn prefill(engine: &mut AnyEngine, prompt: u32, vocab: u32) -> Result<f64, Box<d
     Ok(f64::from(prompt) / start.elapsed().as_secs_f64())
 }
 
-/// Output tokens per second of `batch` sequences, counted over the steps that decode only.
-fn decode(engine: &mut AnyEngine, batch: u32, tokens: u32, vocab: u32) -> Result<f64, Box<dyn Error>> {
+/// Output tokens per second of `batch` sequences that each begin to decode after `prompt` tokens,
+/// counted over the steps that decode only.
+fn decode(
+    engine: &mut AnyEngine,
+    batch: u32,
+    prompt: u32,
+    tokens: u32,
+    vocab: u32,
+) -> Result<f64, Box<dyn Error>> {
     for id in 0..batch {
-        engine.add(request(id, SHORT_PROMPT, tokens + 1, vocab))?;
+        engine.add(request(id, prompt, tokens + 1, vocab))?;
     }
     let (mut decoded, mut seconds) = (0, 0.0);
     while engine.has_work() {
