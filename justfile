@@ -49,6 +49,11 @@ soak:
 train-demo *flags:
     {{ python }} crates/model/demo/train/train.py "$@"
 
+# Make the fixtures of the tests anew, with Hugging Face transformers as the reference.
+fixtures:
+    {{ python }} crates/model/tests/fixtures/make_fixtures.py
+    {{ python }} crates/text/tests/fixtures/make_fixtures.py
+
 # Benchmarks of the engine and of the CPU's operations.
 bench *flags:
     cargo bench --package servelab-benches "$@"

@@ -57,7 +57,7 @@ pub fn run(command: ServeCommand) -> Result<(), Error> {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
-    tracing::info!("computing on the CPU: {}", settings.engine.device_reason);
+    tracing::info!("device cpu: {}", settings.engine.device_reason);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
     let outcome = runtime.block_on(serve(settings));
     // A download or a step that hangs must not keep the process.

@@ -310,12 +310,14 @@ fn naive(typed: &Typed, paged: EngineSettings) -> Result<EngineSettings, Setting
     if typed.no_prefix_cache == Some(false) {
         return refused("no-prefix-cache", "false".to_owned(), "which has no prefix cache");
     }
-    if paged.kv_size != KvSize::Suggested || typed.kv_dtype.is_some() || typed.block_size.is_some() {
-        return refused(
-            "kv-blocks, --kv-memory, --kv-dtype or --block-size",
-            String::new(),
-            "which has no blocks",
-        );
+    let of_blocks = [
+        ("kv-blocks", typed.kv_blocks.map(|blocks| blocks.to_string())),
+        ("kv-memory", typed.kv_memory.map(|size| size.0.to_string())),
+        ("kv-dtype", typed.kv_dtype.map(|dtype| format!("{dtype:?}").to_lowercase())),
+        ("block-size", typed.block_size.map(|tokens| tokens.to_string())),
+    ];
+    if let Some((name, value)) = of_blocks.into_iter().find_map(|(name, value)| Some((name, value?))) {
+        return refused(name, value, "which has a cache of its own without blocks");
     }
     Ok(EngineSettings { kind: EngineKind::Naive, max_running: 1, prefix_cache: false, ..paged })
 }
