@@ -2,6 +2,9 @@
 
 set positional-arguments
 
+# Recipes that CI runs build with `--workspace`: a single package would get other features of the same
+# dependencies, and all of them would be compiled twice.
+
 export PYTHONDONTWRITEBYTECODE := "1"
 
 # Python of the recipes that need one: a virtual environment with tests/openai_client/requirements.txt.
@@ -26,7 +29,7 @@ lint:
 
 # Licences and sources of all dependencies, against deny.toml; needs no network.
 licences:
-    cargo test --quiet --package servelab-cli --test dependencies
+    cargo test --quiet --workspace --test dependencies
 
 # Known vulnerabilities of the dependencies; needs cargo-deny and the network.
 advisories:
@@ -38,12 +41,19 @@ test:
 
 # The official OpenAI client against the binary; needs the packages of tests/openai_client/requirements.txt.
 test-openai:
-    cargo build --package servelab-cli
+    cargo test --quiet --workspace --test end_to_end --no-run
     {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"
 
 # 2,000 requests; resident memory must stay flat.
 soak:
     SERVELAB_SOAK_REQUESTS=2000 cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat
+
+# NVIDIA's aiperf (pip install aiperf) against a demo server that runs already, by default that of `just demo`.
+aiperf url="http://127.0.0.1:8000" folder="target/aiperf":
+    aiperf profile --model demo --url "{{ url }}" --endpoint-type chat --streaming \
+        --tokenizer crates/model/demo --concurrency 16 --request-count 200 \
+        --synthetic-input-tokens-mean 128 --output-tokens-mean 64 --extra-inputs ignore_eos:true \
+        --use-server-token-count --ui simple --artifact-dir "{{ folder }}"
 
 # Train the embedded demo model anew; needs the packages of crates/model/demo/train/requirements.txt.
 train-demo *flags:
