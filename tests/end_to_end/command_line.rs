@@ -131,7 +131,7 @@ async fn the_log_tells_how_to_ask() {
     let server = Server::start(&[]).await;
     server.until("introduced", async || server.log().contains("curl -s http://127.0.0.1:")).await;
     let log = server.log();
-    for part in ["computing on the CPU: this build has no other device", "KV cache", "LlamaForCausalLM"] {
+    for part in ["device cpu: this build has no other device", "KV cache", "LlamaForCausalLM"] {
         assert!(log.contains(part), "{part}: {log}");
     }
 }
