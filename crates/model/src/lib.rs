@@ -7,6 +7,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod decoder;
 pub mod demo;
 pub mod dummy;
