@@ -8,7 +8,9 @@ mod config_file;
 mod generation_config;
 mod load;
 mod memory;
+mod open_files;
 mod plan;
+mod plan_command;
 mod secrets;
 mod serve;
 mod settings;
@@ -30,7 +32,11 @@ fn main() -> ExitCode {
         None => list_commands(),
         Some(Command::Serve(command)) => match serve::run(*command) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => complain(&error),
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Plan(command)) => match plan_command::run(&command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
         },
     }
 }
@@ -44,8 +50,8 @@ fn list_commands() -> ExitCode {
     }
 }
 
-fn complain(error: &serve::Error) -> ExitCode {
+fn complain(error: &dyn std::error::Error, is_usage: bool) -> ExitCode {
     // Standard error may be closed; the exit code still tells.
     let _ = writeln!(std::io::stderr(), "servelab: {error}");
-    ExitCode::from(if error.is_usage() { WRONG_USAGE } else { FAILED })
+    ExitCode::from(if is_usage { WRONG_USAGE } else { FAILED })
 }

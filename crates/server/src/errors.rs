@@ -41,6 +41,11 @@ pub enum ApiError {
         "the request needs {places} places in the queue and there are {limit}; send fewer prompts at once"
     )]
     TooManyPrompts { places: usize, limit: usize },
+    #[error(
+        "{limit} connections are open, which is the limit; close idle ones, or start the server with a larger \
+         --max-connections"
+    )]
+    TooManyConnections { limit: usize },
     #[error("the model is still loading; try again in {} s", .0.as_secs())]
     Loading(Duration),
     #[error("the server is shutting down; send the request to another replica")]
@@ -130,6 +135,9 @@ impl ApiError {
                 (StatusCode::INTERNAL_SERVER_ERROR, ServerError, None)
             }
             Self::Admission(_) => (StatusCode::BAD_REQUEST, InvalidRequestError, None),
+            Self::TooManyConnections { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, ServerError, Some("too_many_connections"))
+            }
             Self::Loading(_) => (StatusCode::SERVICE_UNAVAILABLE, ServerError, Some("model_loading")),
             Self::Draining | Self::Drained => {
                 (StatusCode::SERVICE_UNAVAILABLE, ServerError, Some("shutting_down"))

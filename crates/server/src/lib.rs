@@ -10,6 +10,7 @@ mod auth;
 mod blocking;
 mod body;
 mod clock;
+mod connections;
 mod drain;
 mod engine_thread;
 mod errors;

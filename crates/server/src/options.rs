@@ -25,6 +25,8 @@ pub struct ServerOptions {
     pub served_model_names: Vec<String>,
     /// Requests that may wait beyond those that run; one more is answered 429.
     pub max_waiting: u32,
+    /// Connections that may be open at once; one more is answered 503 and closed.
+    pub max_connections: usize,
     /// Largest request body, in bytes; a larger one is answered 413.
     pub max_body_bytes: usize,
     /// Keys of which a client must present one; empty lets everybody in.

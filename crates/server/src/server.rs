@@ -5,16 +5,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use servelab_engine::ConfigError;
+use servelab_telemetry::RejectionReason;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::app::{App, Phase};
 use crate::auth::{ApiKeys, UnusableKey};
 use crate::clock::Clock;
+use crate::connections;
 use crate::drain::drain;
 use crate::engine_thread::{EngineEnd, Heartbeat};
+use crate::errors::ApiError;
 use crate::loading::{self, Loading};
 use crate::options::{LoadError, ServerOptions};
 use crate::routes::router;
@@ -42,7 +44,7 @@ pub enum ServeError {
     #[error("the model can compute no more: {0}")]
     Runner(String),
     #[error("the HTTP server failed: {0}")]
-    Http(std::io::Error),
+    Http(tokio::task::JoinError),
 }
 
 /// A replica that listens and does not answer yet.
@@ -86,20 +88,21 @@ impl Server {
         let Self { listener, options, api_keys, .. } = self;
         let (clock, heartbeat) = (Clock::start(), Arc::new(Heartbeat::default()));
         let app = Arc::new(App::new(&options, api_keys, heartbeat, clock));
-        let drain_timeout = options.drain_timeout;
+        let (drain_timeout, max_connections) = (options.drain_timeout, options.max_connections);
         let loading = loading::spawn(options, app.clone()).map_err(ServeError::Thread)?;
         let (down, going_down) = oneshot::channel::<()>();
-        // A token is a small write, and it must not wait for the acknowledgement of the last one.
-        let listener = listener.tap_io(|connection| {
-            let _ = connection.set_nodelay(true);
-        });
-        let http = axum::serve(listener, router(app.clone())).with_graceful_shutdown(async {
-            let _ = going_down.await;
-        });
-        let mut http = tokio::spawn(http.into_future());
+        let mut http = tokio::spawn(connections::serve(
+            listener,
+            router(app.clone()),
+            max_connections,
+            too_many_connections(app.clone(), max_connections),
+            async {
+                let _ = going_down.await;
+            },
+        ));
         let outcome = tokio::select! {
             outcome = live(&app, loading, shutdown, drain_timeout) => outcome,
-            ended = &mut http => return Err(ServeError::Http(http_error(ended))),
+            Err(panicked) = &mut http => return Err(ServeError::Http(panicked)),
         };
         let _ = down.send(());
         // Readers that do not read get no more than that.
@@ -121,11 +124,11 @@ pub async fn serve(
     Server::bind(options).await?.run(shutdown).await
 }
 
-fn http_error(ended: Result<std::io::Result<()>, tokio::task::JoinError>) -> std::io::Error {
-    match ended {
-        Ok(Err(error)) => error,
-        Ok(Ok(())) => std::io::Error::other("it ended by itself"),
-        Err(error) => std::io::Error::other(error),
+/// What a connection beyond the bound is told; counts it.
+fn too_many_connections(app: Arc<App>, limit: usize) -> impl Fn() -> String + Send {
+    move || {
+        app.metrics.admission_rejections.of(RejectionReason::TooManyConnections).inc();
+        serde_json::to_string(&ApiError::TooManyConnections { limit }.envelope()).unwrap_or_default()
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::response::Response;
@@ -12,6 +13,9 @@ use serde::Serialize;
 use servelab_wire::sse;
 
 use crate::errors::ApiError;
+
+/// A stream that has nothing to tell for that long, because its request waits, sends a comment.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Answers with the chunks and `[DONE]`. An error ends the stream with an event in OpenAI's shape, and
 /// without `[DONE]`: the answer is not whole.
@@ -26,7 +30,13 @@ where
     let chunks = AssertUnwindSafe(chunks).catch_unwind();
     let frames = async_stream::stream! {
         tokio::pin!(chunks);
-        while let Some(chunk) = chunks.next().await {
+        loop {
+            // A proxy between here and the client gives up on a stream that says nothing.
+            let Ok(chunk) = tokio::time::timeout(KEEP_ALIVE, chunks.next()).await else {
+                yield sse::KEEP_ALIVE.to_owned();
+                continue;
+            };
+            let Some(chunk) = chunk else { break };
             match chunk.unwrap_or_else(|_| Err(ApiError::Internal("a stream panicked".into()))) {
                 Ok(chunk) => match sse::frame(&chunk) {
                     Ok(frame) => yield frame,
@@ -59,4 +69,23 @@ fn error_frame(span: &tracing::Span, error: &ApiError) -> String {
         None => tracing::warn!(%error, "a stream was cut"),
     });
     sse::frame(&error.envelope()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The clock is the test's: it jumps to the next timer whenever everybody waits.
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_waits_says_that_it_is_alive() {
+        let chunks = async_stream::stream! {
+            tokio::time::sleep(2 * KEEP_ALIVE + Duration::from_secs(1)).await;
+            yield Ok(1);
+        };
+        let body = respond(chunks).into_body();
+        let text = axum::body::to_bytes(body, 1024).await.unwrap();
+        let expected = [sse::KEEP_ALIVE, sse::KEEP_ALIVE, "data: 1\n\n", sse::DONE].concat();
+        assert_eq!(String::from_utf8_lossy(&text), expected);
+        assert_eq!(sse::SseReader::default().push(&text), ["1", "[DONE]"]);
+    }
 }

@@ -57,6 +57,8 @@ label! {
         /// The request needs more KV blocks than the pool has.
         NeverFits = "never_fits",
         QueueFull = "queue_full",
+        /// Counted by connection: its request is not read.
+        TooManyConnections = "too_many_connections",
         /// The replica is shutting down.
         Draining = "draining",
         /// The model is not loaded yet, or its device was lost.

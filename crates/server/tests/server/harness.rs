@@ -153,6 +153,7 @@ impl ModelRunner for Scripted {
 pub struct Setup {
     pub engine: EngineConfig,
     pub max_waiting: u32,
+    pub max_connections: usize,
     pub max_body_bytes: usize,
     pub api_keys: Vec<Secret>,
     pub drain_timeout: Duration,
@@ -179,6 +180,7 @@ impl Default for Setup {
                 prefix_cache: true,
             },
             max_waiting: 64,
+            max_connections: 256,
             max_body_bytes: 1 << 20,
             api_keys: Vec::new(),
             drain_timeout: Duration::from_secs(30),
@@ -339,6 +341,7 @@ fn metrics() -> Arc<Metrics> {
 
 fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptions {
     let (max_waiting, max_body_bytes) = (setup.max_waiting, setup.max_body_bytes);
+    let max_connections = setup.max_connections;
     let (drain_timeout, stall_timeout) = (setup.drain_timeout, setup.stall_timeout);
     let api_keys = setup.api_keys.clone();
     ServerOptions {
@@ -346,6 +349,7 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
         port: 0,
         served_model_names: vec!["bytes".into(), "org/bytes".into()],
         max_waiting,
+        max_connections,
         max_body_bytes,
         api_keys,
         drain_timeout,

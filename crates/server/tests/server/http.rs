@@ -167,6 +167,7 @@ async fn an_unusable_key_stops_the_start() {
         port: 0,
         served_model_names: vec!["m".into()],
         max_waiting: 1,
+        max_connections: 16,
         max_body_bytes: 1,
         api_keys: vec![Secret::new("")],
         drain_timeout: std::time::Duration::ZERO,
