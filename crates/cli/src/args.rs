@@ -7,6 +7,7 @@ use clap::builder::{Styles, styling::AnsiColor};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
+use crate::plan_command::PlanCommand;
 use crate::size::{ByteSize, TimeSpan};
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
@@ -26,6 +27,9 @@ pub enum Command {
     /// Serve a model over the OpenAI API. No model named: the embedded demo model.
     #[command(after_help = EXIT_CODES)]
     Serve(Box<ServeCommand>),
+    /// Plan capacity: daily users to QPS, tokens/s and GPUs, formula by formula.
+    #[command(after_help = EXIT_CODES)]
+    Plan(Box<PlanCommand>),
 }
 
 #[derive(Args)]
@@ -84,6 +88,9 @@ pub struct Typed {
     /// [default: the keys in SERVELAB_API_KEYS, separated by commas, else everybody may come in].
     #[arg(long, value_name = "FILE", help_heading = "Network")]
     pub api_key_file: Option<PathBuf>,
+    /// Most connections at once; one more gets a 503 [default: 4096, or what the limit on open files allows].
+    #[arg(long, value_name = "COUNT", help_heading = "Network")]
+    pub max_connections: Option<u32>,
     /// Largest request body [default: 8MiB].
     #[arg(long, value_name = "SIZE", help_heading = "Network")]
     pub max_body_bytes: Option<ByteSize>,
@@ -114,7 +121,7 @@ pub struct Typed {
     /// most a quarter of the free memory].
     #[arg(long, value_name = "SIZE", help_heading = "Engine")]
     pub kv_memory: Option<ByteSize>,
-    /// Number format of the KV cache [default: f32].
+    /// Number format of the KV cache; auto: bf16 where the weights are bf16, else f32 [default: auto].
     #[arg(long, value_name = "DTYPE", help_heading = "Engine")]
     pub kv_dtype: Option<KvDtype>,
     /// Most tokens computed in one step; bounds how long a prompt can hold up the others [default: 512].
@@ -157,7 +164,7 @@ macro_rules! choice {
 
 choice!(LoadFormat { Auto, Dummy });
 choice!(Dtype { Auto, F32, F16, Bf16 });
-choice!(KvDtype { F32, Bf16 });
+choice!(KvDtype { Auto, F32, Bf16 });
 choice!(Device { Auto, Cpu, Cuda });
 choice!(Engine { Paged, Naive });
 choice!(LogFormat { Human, Json });
@@ -182,6 +189,7 @@ impl Typed {
             host: self.host.or(file.host),
             port: self.port.or(file.port),
             api_key_file: self.api_key_file.or(file.api_key_file),
+            max_connections: self.max_connections.or(file.max_connections),
             max_body_bytes: self.max_body_bytes.or(file.max_body_bytes),
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
             stall_timeout: self.stall_timeout.or(file.stall_timeout),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use servelab_model::hub::{Download, HubOptions};
-use servelab_model::{ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo};
+use servelab_model::{EngineKind, KvDtype, ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo};
 use servelab_server::{LoadError, LoadTimes, LoadedModel};
 use servelab_text::{ChatTemplate, Tokenizer};
 
@@ -107,9 +107,15 @@ pub fn load(
 }
 
 fn sizes(prepared: &Prepared, model: &ModelSettings, engine: &EngineSettings) -> Result<Plan, LoadError> {
+    let suiting = match engine.kind {
+        EngineKind::Paged => KvDtype::suiting(prepared.dtype()),
+        EngineKind::Naive => KvDtype::F32,
+    };
+    let kv_dtype = engine.kv_dtype.unwrap_or(suiting);
     let facts = Facts {
         context: context(prepared.config()),
-        block_bytes: prepared.kv_bytes_per_block(engine.block_size, engine.kv_dtype),
+        kv_dtype,
+        block_bytes: prepared.kv_bytes_per_block(engine.block_size, kv_dtype),
         weight_bytes: prepared.weight_bytes(),
         free_bytes: memory::free_bytes(),
     };

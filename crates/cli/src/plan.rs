@@ -1,7 +1,7 @@
 //! The sizes that depend on the model's shape and on the machine's memory, as a pure function of both.
 
 use servelab_engine::EngineConfig;
-use servelab_model::{EngineKind, RunnerOptions};
+use servelab_model::{EngineKind, KvDtype, RunnerOptions};
 
 use crate::memory::{KvDemand, default_kv_blocks};
 use crate::settings::{EngineSettings, KvSize};
@@ -16,6 +16,8 @@ const NAIVE_CONTEXT: u32 = 2048;
 pub struct Facts {
     /// Longest context the model was made for, in tokens.
     pub context: u32,
+    /// Of the KV cache, whether asked for or chosen.
+    pub kv_dtype: KvDtype,
     /// Bytes of keys and values of one block.
     pub block_bytes: u64,
     pub weight_bytes: u64,
@@ -90,10 +92,16 @@ pub fn plan(settings: &EngineSettings, max_model_len: Option<u32>, facts: Facts)
             facts.context
         ));
     }
-    Ok(sizes(settings, num_blocks, max_model_len, notes))
+    Ok(sizes(settings, facts.kv_dtype, num_blocks, max_model_len, notes))
 }
 
-fn sizes(settings: &EngineSettings, num_blocks: u32, max_model_len: u32, notes: Vec<String>) -> Plan {
+fn sizes(
+    settings: &EngineSettings,
+    kv_dtype: KvDtype,
+    num_blocks: u32,
+    max_model_len: u32,
+    notes: Vec<String>,
+) -> Plan {
     let max_batched_tokens = match settings.kind {
         EngineKind::Paged => settings.max_batched_tokens,
         EngineKind::Naive => max_model_len,
@@ -114,7 +122,7 @@ fn sizes(settings: &EngineSettings, num_blocks: u32, max_model_len: u32, notes: 
         max_model_len,
         max_batched_tokens,
         threads: settings.threads,
-        kv_dtype: settings.kv_dtype,
+        kv_dtype,
     };
     Plan { engine, runner, notes }
 }
@@ -171,8 +179,13 @@ mod tests {
     use crate::args::{Engine, Typed};
     use crate::settings::Settings;
 
-    const FACTS: Facts =
-        Facts { context: 8192, block_bytes: 1 << 20, weight_bytes: 1 << 30, free_bytes: Some(9 << 30) };
+    const FACTS: Facts = Facts {
+        context: 8192,
+        kv_dtype: KvDtype::F32,
+        block_bytes: 1 << 20,
+        weight_bytes: 1 << 30,
+        free_bytes: Some(9 << 30),
+    };
 
     fn settings(change: impl FnOnce(&mut Typed)) -> EngineSettings {
         let mut typed = Typed::default();

@@ -78,6 +78,7 @@ async fn serve(settings: Settings) -> Result<(), Error> {
         port: network.port,
         served_model_names: model.served_names.clone(),
         max_waiting: engine.max_waiting,
+        max_connections: network.max_connections,
         max_body_bytes: network.max_body_bytes,
         api_keys: network.api_keys,
         drain_timeout: network.drain_timeout,

@@ -8,6 +8,7 @@ use servelab_model::{EngineKind, KvDtype, LoadFormat, ModelError, ModelSource, W
 use servelab_telemetry::{LogError, LogFormat, Secret};
 
 use crate::args::{self, Typed};
+use crate::open_files;
 use crate::secrets::{self, SecretError};
 
 /// What `servelab serve` does. Ready to use.
@@ -51,6 +52,8 @@ pub struct NetworkSettings {
     pub port: u16,
     /// None lets everybody in.
     pub api_keys: Vec<Secret>,
+    /// Default 4096, or what the limit on open files leaves room for.
+    pub max_connections: usize,
     /// In bytes. Default 8 MiB.
     pub max_body_bytes: usize,
     /// Default 30 s.
@@ -71,8 +74,8 @@ pub struct EngineSettings {
     /// Tokens per block, a power of two from 8 to 256. Default 16.
     pub block_size: u32,
     pub kv_size: KvSize,
-    /// Default f32.
-    pub kv_dtype: KvDtype,
+    /// `None`, the default: as fits the weights, see [`KvDtype::suiting`].
+    pub kv_dtype: Option<KvDtype>,
     /// In tokens; at least `max_running`. Default 512. The naive engine has its own.
     pub max_batched_tokens: u32,
     /// Sequences. Default 64, with the naive engine 1.
@@ -108,6 +111,11 @@ pub enum SettingsError {
         "--{name} {value} does not go with --engine naive, {reason}; leave it out, or use --engine paged"
     )]
     NotNaive { name: &'static str, value: String, reason: &'static str },
+    #[error(
+        "--max-connections {connections} does not fit: this process may open {limit} files, which leaves {room} \
+         connections; lower it, or raise the limit (ulimit -n)"
+    )]
+    OpenFiles { connections: u32, limit: u64, room: u64 },
     #[error("--device cuda: this build serves on the CPU; CUDA is not there yet; use --device cpu or auto")]
     NoCuda,
     #[error("--{name} is for models of a hub, and {model} is none; leave it out")]
@@ -222,6 +230,7 @@ impl NetworkSettings {
     fn new(typed: &Typed, api_keys_variable: Option<&str>) -> Result<Self, SettingsError> {
         let host = typed.host.clone().unwrap_or_else(|| "127.0.0.1".to_owned());
         ensure(!host.trim().is_empty(), "host", "empty", "an address or a host name, such as 127.0.0.1")?;
+        let connections = at_least("max-connections", typed.max_connections, 1, COUNT_RULE)?;
         let max_body = typed.max_body_bytes.map_or(8 << 20, |size| size.0);
         let in_range = (1024..=1 << 30).contains(&max_body);
         ensure(in_range, "max-body-bytes", &max_body.to_string(), "from 1KiB to 1GiB")?;
@@ -235,6 +244,7 @@ impl NetworkSettings {
             host,
             port: typed.port.unwrap_or(8000),
             api_keys: secrets::api_keys(typed.api_key_file.as_deref(), api_keys_variable)?,
+            max_connections: open_files::max_connections(connections)?,
             max_body_bytes: usize::try_from(max_body).unwrap_or(usize::MAX),
             drain_timeout: span(typed.drain_timeout, 30),
             stall_timeout,
@@ -257,8 +267,9 @@ impl EngineSettings {
             block_size,
             kv_size: kv_size(typed)?,
             kv_dtype: match typed.kv_dtype {
-                Some(args::KvDtype::Bf16) => KvDtype::BF16,
-                Some(args::KvDtype::F32) | None => KvDtype::F32,
+                Some(args::KvDtype::Bf16) => Some(KvDtype::BF16),
+                Some(args::KvDtype::F32) => Some(KvDtype::F32),
+                Some(args::KvDtype::Auto) | None => None,
             },
             max_waiting: at_least("max-waiting", typed.max_waiting, 1, COUNT_RULE)?.unwrap_or(512),
             ..batch(typed)?
@@ -293,7 +304,7 @@ fn batch(typed: &Typed) -> Result<EngineSettings, SettingsError> {
         threads: 0,
         block_size: 16,
         kv_size: KvSize::Suggested,
-        kv_dtype: KvDtype::F32,
+        kv_dtype: None,
         max_waiting: 512,
     })
 }
@@ -410,7 +421,7 @@ mod tests {
     #[test]
     fn single_settings_out_of_range_are_named_with_their_rule() {
         type Change = fn(&mut Typed);
-        let cases: [(Change, &str); 10] = [
+        let cases: [(Change, &str); 11] = [
             (
                 |typed| typed.block_size = Some(24),
                 "--block-size is 24; it must be a power of two from 8 to 256",
@@ -423,6 +434,7 @@ mod tests {
             (|typed| typed.max_model_len = Some(1), "--max-model-len is 1"),
             (|typed| typed.threads = Some(0), "--threads is 0"),
             (|typed| typed.metrics_prefix = Some("7up".into()), "--metrics-prefix is 7up"),
+            (|typed| typed.max_connections = Some(0), "--max-connections is 0"),
             (|typed| typed.max_body_bytes = Some(ByteSize(1)), "--max-body-bytes is 1"),
         ];
         for (change, start) in cases {

@@ -83,6 +83,15 @@ pub fn kv_bytes_per_block(config: &ModelConfig, block_size: u32, dtype: KvDtype)
 }
 
 impl KvDtype {
+    /// The format that loses nothing against weights of `dtype`: keys and values of a bf16 model carry
+    /// bf16's errors already. f16 has three bits more than bf16, so that f32 keeps them.
+    pub fn suiting(dtype: WeightDtype) -> Self {
+        match dtype {
+            WeightDtype::BF16 => Self::BF16,
+            WeightDtype::F32 | WeightDtype::F16 => Self::F32,
+        }
+    }
+
     /// `f32` or `bf16`.
     pub fn name(self) -> &'static str {
         match self {
