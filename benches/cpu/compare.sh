@@ -42,26 +42,35 @@ wait_ready() {
     return 1
 }
 
-served() { # URL MODEL
-    for clients in 1 16 32; do
-        "$bin/examples/http_load" "$1" "$2" $clients $((clients * 3)) $input $output $vocabulary 1
+served() { # URL MODEL CLIENTS
+    for clients in $3; do
+        "$bin/examples/http_load" "$1" "$2" "$clients" $((clients * 3)) $input $output $vocabulary 1
     done
 }
 
-http() {
-    echo "# over HTTP: servelab"
-    "$bin/servelab" serve --model "$work/hf" --served-model-name bench --port 18080 --threads $threads >/dev/null 2>&1 &
+servelab() { # CLIENTS [FLAG...]
+    local clients=$1
+    shift
+    "$bin/servelab" serve --model "$work/hf" --served-model-name bench --port 18080 --threads $threads "$@" >/dev/null 2>&1 &
     local server=$!
     wait_ready http://127.0.0.1:18080/ready
-    served http://127.0.0.1:18080 bench
+    served http://127.0.0.1:18080 bench "$clients"
     kill $server && wait $server || true
+}
+
+http() {
+    local server
+    echo "# over HTTP: servelab"
+    servelab "1 16 32"
+    echo "# over HTTP: servelab, naive engine"
+    servelab "1 16" --engine naive
     for slots in 1 16 32; do
         echo "# over HTTP: llama-server, $slots slots, flash attention off"
         "$llama/llama-server" -m "$work/bf16.gguf" -t $threads -tb $threads -fa off -np $slots -c $((slots * 256)) \
             --no-webui --port 18081 >/dev/null 2>&1 &
         server=$!
         wait_ready http://127.0.0.1:18081/health
-        "$bin/examples/http_load" http://127.0.0.1:18081 bench $slots $((slots * 3)) $input $output $vocabulary 1
+        served http://127.0.0.1:18081 bench $slots
         kill $server && wait $server || true
     done
 }
