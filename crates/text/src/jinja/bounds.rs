@@ -8,6 +8,9 @@ use minijinja::{Error, ErrorKind, State};
 pub(crate) const FUEL: u64 = 5_000_000;
 /// Size of a template's source; the longest of known models have about 20 KiB.
 pub(crate) const MAX_SOURCE_BYTES: usize = 128 << 10;
+/// Size of what stands between one pair of braces, without the texts in it. The code generator takes time with
+/// the square of the operators in an expression: as many as fit here take some hundredths of a second.
+pub(crate) const MAX_TAG_BYTES: usize = 4 << 10;
 /// Bytes of one value while it is worked on, and of the prompt.
 pub(crate) const MAX_VALUE_BYTES: usize = 16 << 20;
 /// Bytes that one rendering may produce, prompt and intermediate values together.

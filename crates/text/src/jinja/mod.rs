@@ -16,7 +16,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use serde_json::Map;
 
 use crate::error::TextError;
-use bounds::{FUEL, LimitReached, MAX_SOURCE_BYTES, MAX_VALUE_BYTES, limit_reached};
+use bounds::{FUEL, LimitReached, MAX_SOURCE_BYTES, MAX_TAG_BYTES, MAX_VALUE_BYTES, limit_reached};
 
 const NAME: &str = "chat_template";
 
@@ -40,6 +40,11 @@ impl Template {
         let fault = |reason: String| TextError::TemplateSyntax { reason };
         if source.len() > MAX_SOURCE_BYTES {
             return Err(fault(format!("it has {} bytes, more than {MAX_SOURCE_BYTES}", source.len())));
+        }
+        if let Some(bytes) = longest_tag(source).filter(|&bytes| bytes > MAX_TAG_BYTES) {
+            return Err(fault(format!(
+                "one of its expressions has {bytes} bytes, more than {MAX_TAG_BYTES}"
+            )));
         }
         let compile = || -> Result<Template, Error> {
             let running = environment()?;
@@ -161,6 +166,43 @@ fn render_error(error: Error) -> TextError {
         return TextError::TemplateLimit { limit: "500 levels of recursion".into() };
     }
     TextError::TemplateRender { reason: error.to_string() }
+}
+
+/// Bytes of the longest `{{ }}` or `{% %}`, without the texts in quotes: those may be whole system prompts.
+fn longest_tag(source: &str) -> Option<usize> {
+    let opens = |pair: &[u8]| pair == b"{{" || pair == b"{%";
+    let bytes = source.as_bytes();
+    let (mut longest, mut at) = (None, 0);
+    while at + 1 < bytes.len() {
+        if !opens(&bytes[at..at + 2]) {
+            at += 1;
+            continue;
+        }
+        let (end, size) = tag(bytes, at + 2);
+        longest = longest.max(Some(size));
+        at = end;
+    }
+    longest
+}
+
+/// Where the tag that was opened before `at` ends, and how many of its bytes are not in quotes.
+fn tag(bytes: &[u8], mut at: usize) -> (usize, usize) {
+    let (mut size, mut quote) = (0, None);
+    while at < bytes.len() {
+        let byte = bytes[at];
+        match quote {
+            Some(_) if byte == b'\\' => at += 1,
+            Some(open) if byte == open => quote = None,
+            Some(_) => {}
+            None if bytes[at..].starts_with(b"}}") || bytes[at..].starts_with(b"%}") => break,
+            None => {
+                size += 1;
+                quote = matches!(byte, b'"' | b'\'').then_some(byte);
+            }
+        }
+        at += 1;
+    }
+    (at, size)
 }
 
 /// Replaces `{% generation %}` and `{% endgeneration %}`, which mark the assistant's text for training, by the

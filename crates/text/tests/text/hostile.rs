@@ -64,6 +64,19 @@ fn long_chains_of_operators_do_not_overflow_the_stack() {
     assert!(outcome(&"x".repeat(200_000)).is_err());
 }
 
+/// Each would take minutes to compile.
+#[test]
+fn endless_expressions_are_refused() {
+    for link in ["messages ~ ", "messages or ", "not ", "1 + ", "'' ~ "] {
+        let source = format!("{{{{ {}1 }}}}", link.repeat(10_000));
+        let error = outcome(&source).unwrap_err().to_string();
+        assert!(error.contains("one of its expressions has"), "{link}: {error}");
+    }
+    // Texts do not count, nor does what looks like the end of the expression within one.
+    let prompt = "You are a 'helpful' }} assistant. ".repeat(1_000);
+    assert_eq!(outcome(&format!("{{{{ \"{prompt}\" }}}}")).unwrap(), prompt);
+}
+
 #[test]
 fn a_template_of_one_long_text_is_fine() {
     assert_eq!(outcome(&"x".repeat(100_000)).unwrap().len(), 100_000);
