@@ -32,9 +32,9 @@ struct Arguments {
     /// Weights in f32, f16 or bf16
     #[arg(long, default_value = "bf16", value_parser = dtype)]
     dtype: WeightDtype,
-    /// KV cache in bf16 rather than f32
+    /// KV cache in f32 even where the weights are bf16
     #[arg(long)]
-    kv_bf16: bool,
+    kv_f32: bool,
     /// 0: one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -146,7 +146,7 @@ fn describe(arguments: &Arguments, source: &ModelSource) -> Result<Report, Box<d
 }
 
 fn kv_dtype(arguments: &Arguments) -> KvDtype {
-    if arguments.kv_bf16 { KvDtype::BF16 } else { KvDtype::F32 }
+    if arguments.kv_f32 { KvDtype::F32 } else { KvDtype::suiting(arguments.dtype) }
 }
 
 type AnyEngine = Engine<Box<dyn ModelRunner + Send>>;
