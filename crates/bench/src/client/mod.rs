@@ -1,0 +1,194 @@
+//! The HTTP client: connections kept in a pool, one request after the other on each, streamed answers read as
+//! they come.
+//!
+//! One task does all of a request: it drives hyper's connection and reads the body itself, so that a chunk wakes
+//! one task and no more. Nothing is spawned; dropping the future closes the connection, which is how a client goes
+//! away.
+
+mod connection;
+mod deadline;
+mod events;
+mod exchange;
+mod socket;
+mod target;
+mod timer;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
+use http_body_util::Full;
+use servelab_telemetry::Secret;
+
+pub use self::exchange::{Observed, Outgoing};
+pub use self::socket::{ReadStats, Reads};
+pub use self::target::{Target, TargetError};
+pub use self::timer::Timer;
+
+use self::connection::Connection;
+use crate::clock::Clock;
+use crate::result::FailureClass;
+
+/// Idle connections that are kept.
+const MAX_IDLE: usize = 4096;
+
+/// How long each part of a request may take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Timeouts {
+    pub connect: Duration,
+    /// From sending to the first byte of the answer.
+    pub first_byte: Duration,
+    /// Between two reads.
+    pub idle: Duration,
+    pub total: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            first_byte: Duration::from_secs(600),
+            idle: Duration::from_secs(120),
+            total: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub class: FailureClass,
+    /// HTTP status of an answer that refused.
+    pub status: Option<u16>,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
+        Self { class, status: None, message: message.into() }
+    }
+}
+
+/// Talks to one server.
+pub struct Client {
+    target: Target,
+    addresses: Vec<SocketAddr>,
+    timeouts: Timeouts,
+    clock: Clock,
+    headers: HeaderMap,
+    idle: Mutex<Vec<Connection>>,
+    reads: Arc<Reads>,
+}
+
+impl Client {
+    /// Finds the server's addresses, once: name resolution is no part of what is measured.
+    ///
+    /// # Errors
+    /// If the name cannot be resolved.
+    pub async fn new(target: Target, api_key: Option<&Secret>, timeouts: Timeouts) -> Result<Self, Failure> {
+        let unreachable = |reason: String| {
+            Failure::new(FailureClass::Unreachable, format!("{} cannot be resolved: {reason}", target.host()))
+        };
+        let found =
+            tokio::time::timeout(timeouts.connect, tokio::net::lookup_host((target.host(), target.port())));
+        let found = found.await.map_err(|_| unreachable("time-out".into()))?;
+        let addresses: Vec<SocketAddr> = found.map_err(|error| unreachable(error.to_string()))?.collect();
+        let headers = headers(&target, api_key)?;
+        Ok(Self {
+            target,
+            addresses,
+            timeouts,
+            clock: Clock::start(),
+            headers,
+            idle: Mutex::default(),
+            reads: Arc::default(),
+        })
+    }
+
+    /// The same server, with a clock that starts now, no connections, and nothing counted.
+    pub fn restarted(&self) -> Self {
+        Self {
+            target: self.target.clone(),
+            addresses: self.addresses.clone(),
+            timeouts: self.timeouts,
+            clock: Clock::start(),
+            headers: self.headers.clone(),
+            idle: Mutex::default(),
+            reads: Arc::default(),
+        }
+    }
+
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// How late reads were, so far.
+    pub fn read_stats(&self) -> ReadStats {
+        self.reads.stats()
+    }
+
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    fn request(&self, method: Method, path: &str, accept: &'static str, body: Bytes) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = method;
+        *request.uri_mut() = self.target.path(path);
+        *request.headers_mut() = self.headers.clone();
+        request.headers_mut().insert(header::ACCEPT, HeaderValue::from_static(accept));
+        request
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection that was open when last looked at.
+    async fn idle_connection(&self) -> Option<Connection> {
+        loop {
+            let mut connection = self.pool().pop()?;
+            if connection.is_usable().await {
+                return Some(connection);
+            }
+        }
+    }
+
+    async fn keep(&self, mut connection: Connection) {
+        if connection.is_usable().await {
+            let mut pool = self.pool();
+            if pool.len() < MAX_IDLE {
+                pool.push(connection);
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, Failure> {
+        Connection::open(&self.addresses, &self.target, self.timeouts.connect, self.clock, &self.reads).await
+    }
+}
+
+fn headers(target: &Target, api_key: Option<&Secret>) -> Result<HeaderMap, Failure> {
+    let mut headers = HeaderMap::new();
+    let mut insert = |name: HeaderName, value: &str| {
+        let mut value = HeaderValue::from_str(value).map_err(|_| {
+            Failure::new(
+                FailureClass::Unreachable,
+                format!("the value of {name} has bytes that no header may have"),
+            )
+        })?;
+        value.set_sensitive(name == header::AUTHORIZATION);
+        headers.insert(name, value);
+        Ok(())
+    };
+    insert(header::HOST, target.authority())?;
+    insert(header::CONTENT_TYPE, "application/json")?;
+    insert(header::USER_AGENT, concat!("servelab-bench/", env!("CARGO_PKG_VERSION")))?;
+    if let Some(key) = api_key {
+        insert(header::AUTHORIZATION, &format!("Bearer {}", key.expose()))?;
+    }
+    Ok(headers)
+}
