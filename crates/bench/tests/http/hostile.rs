@@ -11,7 +11,7 @@ use servelab_bench::run::{LoadShape, RunLog};
 use tokio_util::sync::CancellationToken;
 
 use crate::server::{
-    Conversation, HEAD, LAST, event, last_token_and_usage, measure, plan, serve, timeouts, token,
+    Conversation, HEAD, LAST, chunk, event, last_token_and_usage, measure, plan, serve, timeouts, token,
 };
 
 const SOON: Duration = Duration::from_millis(150);
