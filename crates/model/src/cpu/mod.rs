@@ -11,7 +11,7 @@ pub mod kv_cache;
 pub mod level;
 pub mod limits;
 pub mod matmul;
-mod random;
+pub(crate) mod random;
 pub mod runner;
 mod self_check;
 mod simd;

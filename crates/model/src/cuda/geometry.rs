@@ -5,9 +5,11 @@
 //! turn. So the grid of a decode step does not depend on the batch at all and can be recorded in a graph;
 //! the list is uploaded with the rest of the step. (FlashInfer plans its batches in the same way: Ye et al.
 //! 2025, section 3.3.)
+#![allow(unsafe_code)]
 
 use super::gpu::{GpuInfo, Launch};
 use super::kernels::{KvElement, Specialisation};
+use super::words::Words;
 
 /// Numbers that a thread loads at once: 16 bytes of 16-bit floats.
 const VECTOR: u32 = 8;
@@ -20,7 +22,7 @@ pub const TILE_HEADS: u32 = 8;
 /// sequence is split alike whatever the batch is.
 pub const SPLIT_TOKENS: u32 = 256;
 /// Threads of the sampling kernel.
-pub const SAMPLE_THREADS: u32 = 1024;
+pub const SAMPLE_THREADS: u32 = 512;
 /// Most alternatives that the sampling kernel reports.
 pub const MOST_LOGPROBS: u32 = 20;
 
@@ -109,8 +111,8 @@ impl DecodeTile {
     pub fn shared_bytes(&self, head_dim: u32, kv: KvElement) -> u32 {
         let row = row_stride(head_dim * kv.bytes() as u32);
         // Afterwards the same memory takes each warp's result, in f32, and its maxima and sums.
-        let result = (head_dim + 2) * TILE_HEADS * 4;
-        self.warps * (self.stages * 2 * TILE_TOKENS * row).max(result.next_multiple_of(16))
+        let result = ((head_dim + 4) * TILE_HEADS + 2 * TILE_HEADS) * 4;
+        self.warps * (self.stages * 2 * TILE_TOKENS * row).max(result)
     }
 }
 
@@ -149,6 +151,10 @@ pub struct DecodeItem {
     pub splits: u32,
     pub reserved: [u32; 2],
 }
+
+// SAFETY: 8 words of 4 bytes each.
+unsafe impl Words for DecodeItem {}
+const _: () = assert!(size_of::<DecodeItem>() == 32);
 
 /// A sequence that decodes: one token at position `context_len - 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,19 +248,21 @@ pub struct PrefillTile {
 }
 
 impl PrefillTile {
-    /// 128 queries by 64 keys; 64 queries where a head is too wide for the registers.
+    /// As many queries and keys as the registers hold: a thread has up to 255, of which the sums take
+    /// `rows / warps / 16 * head_dim / 2` and the scores `rows / warps / 16 * keys / 2`.
     pub fn choose(head_dim: u32) -> Self {
         match head_dim {
-            0..=128 => Self { rows: 128, keys: 64, warps: 4 },
+            0..=64 => Self { rows: 128, keys: 64, warps: 4 },
+            65..=128 => Self { rows: 128, keys: 32, warps: 4 },
             _ => Self { rows: 64, keys: 32, warps: 4 },
         }
     }
 
-    /// Dynamic shared memory of a block: queries, keys and values of one tile.
+    /// Dynamic shared memory of a block: queries, and two stages of keys and values.
     pub fn shared_bytes(&self, head_dim: u32, kv: KvElement) -> u32 {
         let queries = self.rows * row_stride(2 * head_dim);
         let keys = self.keys * row_stride(head_dim * kv.bytes() as u32);
-        queries + 2 * keys
+        queries + 4 * keys
     }
 }
 
@@ -274,6 +282,10 @@ pub struct PrefillItem {
     pub tile: u32,
     pub reserved: [u32; 3],
 }
+
+// SAFETY: 8 words of 4 bytes each.
+unsafe impl Words for PrefillItem {}
+const _: () = assert!(size_of::<PrefillItem>() == 32);
 
 /// A chunk of a sequence's prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 use std::fmt::Write;
 
 use super::geometry::{DecodeTile, PrefillTile, norm_threads};
+use super::gpu::{Arch, GpuError, GpuInfo};
 
 /// How an argument is passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +136,11 @@ pub const HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
 /// Block sizes: whole tiles of 16 tokens.
 pub const BLOCK_SIZES: [u32; 3] = [16, 32, 64];
 
+/// Widest row of a norm: 4 vectors a thread.
+pub const MOST_HIDDEN: u32 = 32_768;
+/// Most query heads that share a key head.
+pub const MOST_GROUP: u32 = 64;
+
 /// What the kernels of one model are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Specialisation {
@@ -153,6 +159,33 @@ pub struct Specialisation {
 }
 
 impl Specialisation {
+    /// Whether there are kernels for this shape and this GPU.
+    ///
+    /// # Errors
+    /// [`GpuError::Refused`] with the value and what is allowed.
+    pub fn check(&self, info: &GpuInfo) -> Result<(), GpuError> {
+        let refused = |reason| Err(GpuError::Refused { what: "CUDA".to_owned(), reason });
+        if info.arch < Arch::LEAST {
+            return refused(format!("{} has compute capability {}; 8.0 or later", info.name, info.arch));
+        }
+        if self.kv == KvElement::E4M3 && !info.arch.has_fp8() {
+            return refused(format!("an fp8 KV cache on compute capability {}; 8.9 or later", info.arch));
+        }
+        if !HEAD_DIMS.contains(&self.head_dim) {
+            return refused(format!("head_dim {}; one of {HEAD_DIMS:?}", self.head_dim));
+        }
+        if !BLOCK_SIZES.contains(&self.block_size) {
+            return refused(format!("block size {}; one of {BLOCK_SIZES:?}", self.block_size));
+        }
+        if self.hidden == 0 || !self.hidden.is_multiple_of(8) || self.hidden > MOST_HIDDEN {
+            return refused(format!("hidden size {}; a multiple of 8 up to {MOST_HIDDEN}", self.hidden));
+        }
+        if self.group == 0 || self.group > MOST_GROUP {
+            return refused(format!("{} query heads a key head; 1 to {MOST_GROUP}", self.group));
+        }
+        Ok(())
+    }
+
     fn kv_macro(&self) -> u32 {
         self.kv.macro_value(self.element)
     }

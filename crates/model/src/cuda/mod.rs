@@ -1,8 +1,13 @@
 //! The decoder's operations on an NVIDIA GPU, without a CUDA toolkit.
 //!
 //! [`gpu`] is the trait that everything goes through, [`kernels`] the table of the kernels in `kernels/*.cu`,
-//! [`geometry`] their launches as pure functions.
+//! [`geometry`] their launches and work lists as pure functions, [`launch`] a checked function for each kernel,
+//! [`draws`] what the sampling kernel is told, and [`checks`] compares every kernel with plain loops.
 
+pub mod checks;
+pub mod draws;
 pub mod geometry;
 pub mod gpu;
 pub mod kernels;
+pub mod launch;
+pub mod words;

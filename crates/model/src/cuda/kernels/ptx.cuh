@@ -63,6 +63,12 @@ __device__ inline u32 select_bytes(u32 low, u32 high, u32 selector) {
     return __byte_perm(low, high, selector);
 }
 
+// The dynamic shared memory of the block.
+__device__ inline u8* dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return (u8*)memory;
+}
+
 __device__ inline u32 shared_address(const void* pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
 }

@@ -4,7 +4,7 @@
 // on nothing but seed, choice and output position (Philox4x32-10, Salmon et al. 2011).
 //
 // Where the CPU sums weights in f64, this sums them as integers, in units of 2^-45 or so: then the order of
-// the sum does not matter, a thousand threads may share it, and every launch gives the same. Weights below
+// the sum does not matter, hundreds of threads may share it, and every launch gives the same. Weights below
 // the unit count nothing. The two disagree only if the random point lies within about 1e-11 of a boundary
 // between two tokens.
 //
@@ -15,9 +15,10 @@
 // Bound by the reads of the row: once for a greedy token, about ten times with top_k and top_p, mostly from
 // the second-level cache.
 //
-// Grid [answers], 1024 threads.
+// Grid [answers], 512 threads: with more, the registers do not last.
 
-#define THREADS 1024
+#define THREADS 512
+#define WARPS (THREADS / 32)
 #define NO_ROW 0xffffffffu
 #define BUCKETS 2048
 
@@ -139,12 +140,35 @@ struct cut {
 
 #define KEEP_ALL cut{0, 0xffffffffu}
 
+// floor(point * total) for a point of 53 bits below 1.
+__device__ inline u64 part_of(u64 point, u64 total) {
+    return __umul64hi(point, total) << 11 | (point * total) >> 53;
+}
+
+// Where a running sum over the tokens is to be crossed; `total` is the sum over all of them.
+struct bound_rule {
+    enum { FIRST, NUCLEUS, POINT } kind;
+    bool all;      // tokens of probability 0 too
+    u64 number;    // FIRST: how many tokens; POINT: a number of 53 bits
+    double share;  // NUCLEUS: of the mass
+
+    // The last sum that is still too small.
+    __device__ u64 bound(u64 total) const {
+        if (kind == POINT) return part_of(number, total);
+        u64 wanted = kind == FIRST ? number : (u64)ceil(share * (double)total);
+        return min(max(wanted, (u64)1), total) - 1;
+    }
+};
+
 struct shared_state {
+    draw_words draw;
+    row_view raw;  // as the model computed it
+    row_view row;  // as the request wants it
     u32 low[BUCKETS];   // sums of a digit's buckets; in mass mode the low and the high half of 64 bits
     u32 high[BUCKETS];
-    u64 parts[32];
-    float warp_logits[32];
-    u32 warp_tokens[32];
+    u64 parts[WARPS];
+    float warp_logits[WARPS];
+    u32 warp_tokens[WARPS];
     u32 found;
     u32 bad;
     u32 top_keys[MOST_TOP];
@@ -177,7 +201,7 @@ __device__ inline u64 block_total(shared_state& shared, u64 x) {
     if (threadIdx.x % 32 == 0) shared.parts[threadIdx.x / 32] = x;
     __syncthreads();
     u64 total = 0;
-    for (int warp = 0; warp < 32; warp++) total += shared.parts[warp];
+    for (int warp = 0; warp < WARPS; warp++) total += shared.parts[warp];
     __syncthreads();
     return total;
 }
@@ -188,13 +212,13 @@ struct crossing {
 };
 
 // The first index at which the running sum of value(0), value(1), ... exceeds `bound`, which the sum of all
-// must. Every warp sums a 32nd of the range; the one that crosses is the next range.
+// must. Every warp sums a part of the range; the part that crosses is the next range.
 template <typename Value>
 __device__ inline crossing find_crossing(shared_state& shared, u32 count, u64 bound, Value value) {
     u32 begin = 0, end = count;
     u64 before = 0;
     while (end - begin > 1) {
-        u32 part = (end - begin + 31) / 32;
+        u32 part = (end - begin + WARPS - 1) / WARPS;
         u32 from = begin + threadIdx.x / 32 * part, to = min(from + part, end);
         u64 sum = 0;
         for (u32 i = from + threadIdx.x % 32; i < to; i += 32) sum += value(i);
@@ -202,7 +226,7 @@ __device__ inline crossing find_crossing(shared_state& shared, u32 count, u64 bo
         if (threadIdx.x % 32 == 0) shared.parts[threadIdx.x / 32] = sum;
         __syncthreads();
         u32 chosen = 0;
-        while (chosen < 31 && before + shared.parts[chosen] <= bound) before += shared.parts[chosen++];
+        while (chosen < WARPS - 1 && before + shared.parts[chosen] <= bound) before += shared.parts[chosen++];
         begin += chosen * part;
         end = min(begin + part, end);
         __syncthreads();
@@ -210,18 +234,16 @@ __device__ inline crossing find_crossing(shared_state& shared, u32 count, u64 bo
     return {begin, before};
 }
 
-// What a search adds up.
-#define COUNT 0
-#define MASS 1
-
-// The token at which the running sum over the tokens that `kept` keeps and that may be drawn, likeliest first,
-// exceeds a bound. bound(total) gives it once the sum of all is known.
-template <int MEASURE, typename Bound>
-__device__ inline cut find_cut(shared_state& shared, const row_view& row, bool all, cut kept, Bound bound_of) {
+// The token at which the running sum over the tokens that `kept` keeps, likeliest first, crosses what `rule`
+// says. FIRST counts tokens, the others add up their mass.
+__device__ __noinline__ cut find_cut(shared_state& shared, const row_view& row_, cut kept, const bound_rule& rule_) {
+    row_view row = row_;
+    bound_rule rule = rule_;
+    bool by_mass = rule.kind != bound_rule::FIRST;
     u32 prefix = 0;
     u64 before = 0, bound = 0;
     auto counts = [&](u32 token, float logit, u32 key) {
-        return kept.keeps(key, token) && (all || row.may_be_drawn(logit));
+        return kept.keeps(key, token) && (rule.all || row.may_be_drawn(logit));
     };
 #pragma unroll 1
     for (int digit = 0; digit < 3; digit++) {
@@ -233,16 +255,12 @@ __device__ inline cut find_cut(shared_state& shared, const row_view& row, bool a
             u32 key = order_key(logit);
             if ((digit > 0 && key >> (shift + bits) != prefix) || !counts(token, logit, key)) return;
             u32 bucket = key >> shift & ((1 << bits) - 1);
-            if (MEASURE == COUNT) {
-                atomicAdd(&shared.low[bucket], 1);
-            } else {
-                // 64 bits in two halves: shared memory adds 32 at a time.
-                u64 mass = row.mass(logit);
-                u32 low = (u32)mass;
-                u32 carry = atomicAdd(&shared.low[bucket], low) + low < low;
-                u32 high = (u32)(mass >> 32) + carry;
-                if (high) atomicAdd(&shared.high[bucket], high);
-            }
+            // 64 bits in two halves: shared memory adds 32 at a time.
+            u64 mass = by_mass ? row.mass(logit) : 1;
+            u32 low = (u32)mass;
+            u32 carry = atomicAdd(&shared.low[bucket], low) + low < low;
+            u32 high = (u32)(mass >> 32) + carry;
+            if (high) atomicAdd(&shared.high[bucket], high);
         });
         __syncthreads();
         u32 last = (1u << bits) - 1;
@@ -250,15 +268,15 @@ __device__ inline cut find_cut(shared_state& shared, const row_view& row, bool a
         if (digit == 0) {
             u64 sum = 0;
             for (u32 i = threadIdx.x; i < BUCKETS; i += THREADS) sum += downwards(i);
-            bound = bound_of(block_total(shared, sum));
+            bound = rule.bound(block_total(shared, sum));
         }
         crossing at = find_crossing(shared, last + 1, bound - before, downwards);
         before += at.before;
         prefix = prefix << bits | (last - at.index);
     }
     // All bits are known: of equal logits, in the order of their ids, so many are kept.
-    u64 each = MEASURE == COUNT ? 1 : row.mass(__uint_as_float(prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu)));
-    u64 more = (bound - before) / each;
+    float logit = __uint_as_float(prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu));
+    u64 more = (bound - before) / (by_mass ? row.mass(logit) : 1);
     crossing tie = find_crossing(shared, row.vocabulary, more, [&](u32 i) {
         float logit = row.logits[i];
         u32 key = order_key(logit);
@@ -267,14 +285,14 @@ __device__ inline cut find_cut(shared_state& shared, const row_view& row, bool a
     return {prefix, tie.index};
 }
 
-// floor(point * total) for a point of 53 bits below 1.
-__device__ inline u64 part_of(u64 point, u64 total) {
-    return __umul64hi(point, total) << 11 | (point * total) >> 53;
-}
+struct largest_logit {
+    float logit;
+    u32 token;  // the smallest id among equals
+    bool any_nan;
+};
 
-// Largest logit and its token, the smallest id among equals, in every thread; whether any is NaN.
-__device__ inline void find_largest(
-    shared_state& shared, const float* logits, u32 vocabulary, float& largest, u32& token, bool& any_nan) {
+// The largest logit of a row, in every thread.
+__device__ __noinline__ largest_logit find_largest(shared_state& shared, const float* logits, u32 vocabulary) {
     float best = __uint_as_float(0xff800000u);
     u32 best_token = 0;
     bool nan = false;
@@ -304,11 +322,10 @@ __device__ inline void find_largest(
         shared.warp_tokens[threadIdx.x / 32] = best_token;
     }
     __syncthreads();
-    for (int warp = 0; warp < 32; warp++) take(shared.warp_logits[warp], shared.warp_tokens[warp]);
-    largest = best;
-    token = best_token;
-    any_nan = shared.bad;
+    for (int warp = 0; warp < WARPS; warp++) take(shared.warp_logits[warp], shared.warp_tokens[warp]);
+    bool any_nan = shared.bad;
     __syncthreads();
+    return {best, best_token, any_nan};
 }
 
 // A copy of the row with bias, bans and penalties. The copy is complete in every thread's eyes afterwards.
@@ -330,7 +347,10 @@ __device__ inline void change_logits(
     __syncthreads();
 }
 
-__device__ inline u32 draw_token(shared_state& shared, const row_view& row, const draw_words& draw) {
+// The token that the random point falls on, of those that top_k and top_p leave.
+__device__ __noinline__ u32 draw_token(shared_state& shared) {
+    const draw_words& draw = shared.draw;
+    row_view row = shared.row;
     u64 point = random_bits(draw);
     bool by_rank = draw.top_k != NO_ROW || draw.top_p < 1.0f;
     if (!by_rank) {
@@ -345,21 +365,14 @@ __device__ inline u32 draw_token(shared_state& shared, const row_view& row, cons
         return find_crossing(shared, row.vocabulary, part_of(point, total), mass).index;
     }
     cut kept = KEEP_ALL;
-    if (draw.top_k != NO_ROW) {
-        u64 most = max(draw.top_k, 1u);
-        kept = find_cut<COUNT>(shared, row, false, kept, [&](u64 total) { return min(most, total) - 1; });
-    }
-    if (draw.top_p < 1.0f) {
-        kept = find_cut<MASS>(shared, row, false, kept, [&](u64 total) {
-            u64 wanted = (u64)ceil((double)draw.top_p * (double)total);
-            return min(max(wanted, 1ull), total) - 1;
-        });
-    }
-    return find_cut<MASS>(shared, row, false, kept, [&](u64 total) { return part_of(point, total); }).token;
+    if (draw.top_k != NO_ROW) kept = find_cut(shared, shared.row, kept, {bound_rule::FIRST, false, draw.top_k, 0.0});
+    if (draw.top_p < 1.0f) kept = find_cut(shared, shared.row, kept, {bound_rule::NUCLEUS, false, 0, draw.top_p});
+    return find_cut(shared, shared.row, kept, {bound_rule::POINT, false, point, 0.0}).token;
 }
 
-__device__ inline void report_logprobs(
-    shared_state& shared, const row_view& row, u32 token, u32 top, float* out) {
+// From the model's own logits: the token's log-probability and rank, and the likeliest tokens.
+__device__ __noinline__ void report_logprobs(shared_state& shared, u32 token, u32 top, float* out) {
+    row_view row = shared.raw;
     float logit = row.logits[token];
     u64 sum = 0, above = 0;
     for_each_token(row.logits, row.vocabulary, [&](u32, float other) {
@@ -375,7 +388,7 @@ __device__ inline void report_logprobs(
     }
     u32 count = min(min(top, (u32)MOST_TOP), row.vocabulary);
     if (count == 0) return;
-    cut kept = find_cut<COUNT>(shared, row, true, KEEP_ALL, [&](u64) { return (u64)count - 1; });
+    cut kept = find_cut(shared, shared.raw, KEEP_ALL, {bound_rule::FIRST, true, count, 0.0});
     if (threadIdx.x == 0) shared.found = 0;
     __syncthreads();
     for_each_token(row.logits, row.vocabulary, [&](u32 other, float of) {
@@ -397,7 +410,7 @@ __device__ inline void report_logprobs(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_rows(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_rows(
     u32* __restrict__ chosen,                  // [answers]: the token drawn, or the target
     u32* __restrict__ statuses,                // [answers]
     float* __restrict__ logprobs,              // [answers, LOGPROB_WORDS]; written where asked for
@@ -408,35 +421,39 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_rows(
     u32 vocabulary,
     u32 logits_stride) {
     __shared__ shared_state shared;
-    draw_words draw = draws[blockIdx.x];
-    if (draw.row == NO_ROW) return;
-    // 2^(63 - bits of the vocabulary): the sum of all weights, each at most 1, fits.
-    float unit = (float)(1ull << (31 + __clz(vocabulary)));
-    row_view raw = {logits + (u64)draw.row * logits_stride, vocabulary, 0.0f, 1.0f, 0.0f, unit};
-    u32 likeliest;
-    bool any_nan;
-    find_largest(shared, raw.logits, vocabulary, raw.largest, likeliest, any_nan);
-    u32 status = any_nan || !isfinite(raw.largest) ? NOT_FINITE : FINE;
-    u32 token = 0;
+    if (draws[blockIdx.x].row == NO_ROW) return;
+    if (threadIdx.x == 0) {
+        shared.draw = draws[blockIdx.x];
+        // 2^(63 - bits of the vocabulary): the sum of all weights, each at most 1, fits.
+        float unit = (float)(1ull << (31 + __clz(vocabulary)));
+        shared.raw = {logits + (u64)shared.draw.row * logits_stride, vocabulary, 0.0f, 1.0f, 0.0f, unit};
+    }
+    __syncthreads();
+    const draw_words& draw = shared.draw;
+    largest_logit top = find_largest(shared, shared.raw.logits, vocabulary);
+    if (threadIdx.x == 0) shared.raw.largest = top.logit;
+    u32 status = top.any_nan || !isfinite(top.logit) ? NOT_FINITE : FINE, token = 0;
     if (status == FINE && draw.target != NO_ROW) {
         token = draw.target;
         if (token >= vocabulary) status = NO_SUCH_TARGET;
     } else if (status == FINE) {
-        row_view row = raw;
+        const float* row = shared.raw.logits;
         if (draw.changes_begin < draw.changes_end) {
             float* copy = scratch + (u64)draw.scratch_row * vocabulary;
-            change_logits(copy, raw.logits, vocabulary, draw, changes);
-            row.logits = copy;
-            find_largest(shared, copy, vocabulary, row.largest, likeliest, any_nan);
+            change_logits(copy, row, vocabulary, draw, changes);
+            row = copy;
+            top = find_largest(shared, copy, vocabulary);
         }
-        token = likeliest;
-        row.temperature = draw.temperature;
-        row.min_p = draw.min_p;
-        if (!isfinite(row.largest)) {
+        token = top.token;
+        if (!isfinite(top.logit)) {
             status = NOTHING_LEFT;
             token = 0;
         } else if (draw.temperature != 0.0f) {
-            token = draw_token(shared, row, draw);
+            if (threadIdx.x == 0) {
+                shared.row = {row, vocabulary, top.logit, draw.temperature, draw.min_p, shared.raw.unit};
+            }
+            __syncthreads();
+            token = draw_token(shared);
         }
     }
     if (threadIdx.x == 0) {
@@ -444,6 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_rows(
         statuses[blockIdx.x] = status;
     }
     if (status == FINE && draw.top != NO_ROW) {
-        report_logprobs(shared, raw, token, draw.top, logprobs + (u64)blockIdx.x * LOGPROB_WORDS);
+        __syncthreads();
+        report_logprobs(shared, token, draw.top, logprobs + (u64)blockIdx.x * LOGPROB_WORDS);
     }
 }
