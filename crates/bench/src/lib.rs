@@ -12,3 +12,4 @@ pub mod result;
 pub mod run;
 pub mod slo;
 pub mod stats;
+pub mod workload;
