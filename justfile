@@ -44,6 +44,12 @@ test-openai:
     cargo test --quiet --workspace --test end_to_end --no-run
     {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"
 
+# Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler. Needs no GPU, but the packages
+# of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every group of heads and block size.
+kernels:
+    SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \
+        cargo test --quiet --workspace --test cuda_nvrtc -- --nocapture
+
 # 2,000 requests; resident memory must stay flat.
 soak:
     SERVELAB_SOAK_REQUESTS=2000 cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat

@@ -7,6 +7,8 @@
 //! 2025, section 3.3.)
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::gpu::{GpuInfo, Launch};
 use super::kernels::{KvElement, Specialisation};
 use super::words::Words;
@@ -18,9 +20,12 @@ pub const TILE_TOKENS: u32 = 16;
 /// Query heads that one block of threads of the decode kernel serves at most: a side of the matrix
 /// instruction. Larger groups read their keys once for each 8 heads.
 pub const TILE_HEADS: u32 = 8;
-/// Positions of one item of the decode kernel. Counted from the start of the sequence, so that a
-/// sequence is split alike whatever the batch is.
+/// Positions of one item of the decode kernel: few, so that a short context keeps many multiprocessors busy, and
+/// enough that the result of an item (4 bytes a dimension and query head) is little beside its keys and values.
 pub const SPLIT_TOKENS: u32 = 256;
+/// Most items of one sequence, whatever its length: who joins them reads
+/// the results of all.
+const MOST_SPLITS: u32 = 64;
 /// Threads of the sampling kernel.
 pub const SAMPLE_THREADS: u32 = 512;
 /// Most alternatives that the sampling kernel reports.
@@ -48,10 +53,13 @@ pub fn norm_launch(rows: u32, width: u32) -> Launch {
     Launch { grid: [rows, 1, 1], block: norm_threads(width), shared_bytes: 0 }
 }
 
-/// Rotation and cache write: a block a token, a warp a head.
+/// Rotation and cache write: a block a token, warps take heads in turn. With few tokens a warp for each head,
+/// so that all are loaded at once; with many, fewer blocks that compute the same angles.
 pub fn rope_launch(tokens: u32, heads: u32, kv_heads: u32) -> Launch {
-    let warps = (heads + 2 * kv_heads).min(8);
-    Launch { grid: [tokens, 1, 1], block: 32 * warps, shared_bytes: 0 }
+    let all = heads + 2 * kv_heads;
+    let warps = all.min(8);
+    let parts = if tokens < 512 { all.div_ceil(warps) } else { 1 };
+    Launch { grid: [tokens, parts, 1], block: 32 * warps, shared_bytes: 0 }
 }
 
 /// The gate of the feed-forward: blocks of 256 vectors.
@@ -124,12 +132,14 @@ pub fn decode_launch(info: &GpuInfo, specialisation: &Specialisation) -> Launch 
     let tile = specialisation.decode;
     let shared_bytes = tile.shared_bytes(specialisation.head_dim, specialisation.kv);
     let resident = info.shared_bytes_per_multiprocessor / (shared_bytes + RESERVED_BYTES);
-    let blocks = info.multiprocessors * resident.clamp(1, DECODE_MOST_RESIDENT);
+    let blocks = info.multiprocessors * resident.clamp(1, decode_most_resident(specialisation.head_dim));
     Launch { grid: [blocks, 1, 1], block: 32 * tile.warps, shared_bytes }
 }
 
 /// Blocks of a multiprocessor that the decode kernel's registers leave room for (its launch bounds).
-const DECODE_MOST_RESIDENT: u32 = 3;
+fn decode_most_resident(head_dim: u32) -> u32 {
+    if head_dim <= 128 { 3 } else { 2 }
+}
 
 /// Tiles of query heads that share a key head.
 pub fn head_tiles(group: u32) -> u32 {
@@ -165,8 +175,9 @@ pub struct DecodeSequence {
     pub context_len: u32,
 }
 
-/// Fills `items` with the work of the decode kernel. Splits are [`SPLIT_TOKENS`] long; where more than
-/// `capacity` items would come out, a multiple of that.
+/// Fills `items` with the work of the decode kernel. Splits are [`SPLIT_TOKENS`] long, twice as long or four
+/// times ... for long contexts, counted from the start of the sequence: it is split alike whatever the batch is,
+/// so that its result is the same. Only where more than `capacity` items would come out all are longer.
 ///
 /// # Panics
 /// If there are more sequences than `capacity`.
@@ -177,31 +188,58 @@ pub fn plan_decode(
     items: &mut Vec<DecodeItem>,
 ) {
     assert!(sequences.len() <= capacity, "{} sequences for {capacity} items", sequences.len());
-    let seen = |sequence: &DecodeSequence| {
-        let end = sequence.context_len;
-        window.map_or(0, |window| end.saturating_sub(window))..end
+    let mut longer = 0;
+    let count = |longer: u32| -> usize {
+        sequences.iter().map(|sequence| Splits::new(sequence, window, longer).indices().len()).sum()
     };
-    let mut split = SPLIT_TOKENS;
-    let count = |split: u32| -> usize {
-        let splits = |range: std::ops::Range<u32>| range.end.div_ceil(split) - range.start / split;
-        sequences.iter().map(|sequence| splits(seen(sequence)) as usize).sum()
-    };
-    while count(split) > capacity {
-        split *= 2;
+    while count(longer) > capacity {
+        longer += 1;
     }
     items.clear();
     for sequence in sequences {
-        let range = seen(sequence);
-        let (first, last) = (range.start / split, range.end.div_ceil(split));
-        items.extend((first..last).map(|index| DecodeItem {
+        let splits = Splits::new(sequence, window, longer);
+        let indices = splits.indices();
+        let (first, count) = (indices.start, indices.len() as u32);
+        items.extend(indices.map(|index| DecodeItem {
             row: sequence.row,
             table: sequence.table,
-            begin: range.start.max(index * split),
-            end: range.end.min(index.saturating_add(1).saturating_mul(split)),
+            begin: u64::from(splits.seen.start).max(u64::from(index) << splits.shift) as u32,
+            end: u64::from(splits.seen.end).min(u64::from(index + 1) << splits.shift) as u32,
             split: index - first,
-            splits: last - first,
+            splits: count,
             reserved: [0; 2],
         }));
+    }
+}
+
+/// How one sequence is split.
+struct Splits {
+    /// Positions that its token sees.
+    seen: Range<u32>,
+    /// Splits are 2^shift positions long.
+    shift: u32,
+}
+
+impl Splits {
+    fn new(sequence: &DecodeSequence, window: Option<u32>, longer: u32) -> Self {
+        let end = sequence.context_len;
+        let seen = window.map_or(0, |window| end.saturating_sub(window))..end;
+        let mut shift = SPLIT_TOKENS.ilog2();
+        while Self::between(&seen, shift).len() as u32 > MOST_SPLITS {
+            shift += 1;
+        }
+        // With 32 every sequence is one item.
+        Self { seen, shift: (shift + longer).min(32) }
+    }
+
+    fn between(seen: &Range<u32>, shift: u32) -> Range<u32> {
+        let (start, end) = (u64::from(seen.start), u64::from(seen.end));
+        (start >> shift) as u32..end.div_ceil(1 << shift) as u32
+    }
+
+    /// Those that hold a position that is seen.
+    fn indices(&self) -> Range<u32> {
+        Self::between(&self.seen, self.shift)
     }
 }
 
@@ -436,7 +474,7 @@ mod tests {
     fn decode_items_cover_each_context_once_and_in_order() {
         for window in [None, Some(1), Some(100), Some(256), Some(5000)] {
             for capacity in [4, 5, 9, 1000] {
-                let contexts = [1, 256, 257, 4000];
+                let contexts = [1, 256, 257, 40_000];
                 let items = decode_items(&contexts, window, capacity);
                 assert!(items.len() <= capacity);
                 for (row, context) in contexts.iter().enumerate() {
@@ -465,6 +503,14 @@ mod tests {
         let among: Vec<_> = decode_items(&[3000, 9, 70_000], None, 1000);
         assert_eq!(alone[..], among[..alone.len()]);
         assert_eq!(alone.len(), 12);
+        assert_eq!(among.len(), 12 + 1 + 35, "70,000 positions in splits of 2,048");
+    }
+
+    #[test]
+    fn the_longest_context_can_be_split() {
+        let items = decode_items(&[u32::MAX], None, 1);
+        assert_eq!((items.len(), items[0].begin, items[0].end), (1, 0, u32::MAX));
+        assert_eq!(decode_items(&[u32::MAX], None, 1000).len(), 64);
     }
 
     #[test]
@@ -531,6 +577,7 @@ mod tests {
             norm_launch(5, 16_384),
             rope_launch(9, 2, 1),
             rope_launch(9, 32, 8),
+            rope_launch(70_000, 32, 8),
             silu_launch(70_000, 14_336),
             sample_launch(64),
             quantise_launch(4096),
@@ -539,6 +586,7 @@ mod tests {
             launch.check("kernel").unwrap();
         }
         assert_eq!(norm_launch(1, 4096).block, 512);
+        assert_eq!((rope_launch(1, 32, 8).grid, rope_launch(512, 32, 8).grid), ([1, 6, 1], [512, 1, 1]));
         assert_eq!(silu_launch(2, 14_336).grid, [2, 7, 1]);
     }
 }

@@ -325,7 +325,7 @@ impl<G: Gpu> Kernels<G> {
             .of("chosen", call.chosen, answers * 4)?
             .of("statuses", call.statuses, answers * 4)?
             .of("logprobs", call.logprobs, if call.any_logprobs { answers * LOGPROB_WORDS * 4 } else { 0 })?
-            .of("logits", call.logits, call.rows * call.vocabulary * 4)?
+            .of("logits", call.logits, call.rows * call.logits_stride * 4)?
             .of("scratch", call.scratch, call.scratch_rows * call.vocabulary * 4)?
             .of("draws", call.draws, answers * size_of::<DrawWords>())?
             .of("changes", call.changes, call.change_count * size_of::<ChangeWords>())?;
@@ -338,7 +338,7 @@ impl<G: Gpu> Kernels<G> {
             Argument::Memory(call.draws),
             Argument::Memory(call.changes),
             Argument::U32(call.vocabulary as u32),
-            Argument::U32(call.vocabulary as u32),
+            Argument::U32(call.logits_stride as u32),
         ];
         put(gpu, stream, &self.sample_rows, geometry::sample_launch(answers as u32), &arguments)
     }
@@ -574,7 +574,7 @@ pub struct Sample<'a> {
     pub statuses: Span<'a>,
     /// `[answers, LOGPROB_WORDS]`
     pub logprobs: Span<'a>,
-    /// `[rows, vocabulary]`, f32
+    /// `[rows, logits_stride]`, f32
     pub logits: Span<'a>,
     /// `[scratch_rows, vocabulary]`, f32
     pub scratch: Span<'a>,
@@ -585,6 +585,8 @@ pub struct Sample<'a> {
     pub answers: usize,
     pub rows: usize,
     pub vocabulary: usize,
+    /// At least the vocabulary.
+    pub logits_stride: usize,
     pub scratch_rows: usize,
     pub change_count: usize,
     /// Whether any draw wants log-probabilities.

@@ -305,6 +305,7 @@ fn call<'a, M: Memory>(
         answers: draws.draws.len(),
         rows,
         vocabulary,
+        logits_stride: vocabulary,
         scratch_rows: draws.scratch_rows as usize,
         change_count: draws.changes.len(),
         any_logprobs: true,

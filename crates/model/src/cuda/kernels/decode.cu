@@ -156,7 +156,10 @@ __device__ inline u32 dimension(int step, int half) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) decode_attention(
+// Wider heads take more registers (geometry.rs, decode_most_resident).
+#define LEAST_RESIDENT (HEAD_DIM <= 128 ? 3 : 2)
+
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_attention(
     element* __restrict__ out,             // [rows, kv_heads, GROUP, HEAD_DIM]
     const element* __restrict__ queries,   // [rows, kv_heads, GROUP, HEAD_DIM]
     const kv_element* __restrict__ cache,  // of this layer, see common.cuh

@@ -33,7 +33,7 @@ __device__ inline void norm_row(element* out, const float (&x)[HELD][8], const f
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm(
     element* __restrict__ out,          // [rows, WIDTH]
     const element* __restrict__ x,      // [rows, WIDTH]
     const float* __restrict__ weight,   // [WIDTH]
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
 }
 
 // x += delta, rounded as it is stored, and then the norm of that.
-extern "C" __global__ void __launch_bounds__(THREADS) add_rms_norm(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) add_rms_norm(
     element* __restrict__ out,          // [rows, WIDTH]
     element* __restrict__ x,            // [rows, WIDTH], changed
     const element* __restrict__ delta,  // [rows, WIDTH]

@@ -6,7 +6,7 @@
 // Angles are computed from the model's frequencies, so that no table bounds the context and every way of
 // scaling works. position * frequency is rounded to f32 as transformers rounds it.
 //
-// Grid [tokens]; a warp takes every (threads / 32)th head; lanes hold pairs of neighbouring dimensions of
+// Grid [tokens, parts of the heads]; warps take heads in turn; lanes hold pairs of neighbouring dimensions of
 // both halves. Bound by bytes: each number of the product is read once and written once.
 
 #define HALF (HEAD_DIM / 2)
@@ -138,7 +138,8 @@ extern "C" __global__ void __launch_bounds__(256) rope_and_cache(
 
     const element* row = qkv + (u64)blockIdx.x * (heads + 2 * kv_heads) * HEAD_DIM;
     queries += (u64)blockIdx.x * heads * HEAD_DIM;
-    for (u32 head = threadIdx.x / 32; head < heads + 2 * kv_heads; head += blockDim.x / 32) {
+    u32 warps = blockDim.x / 32;
+    for (u32 head = blockIdx.y * warps + threadIdx.x / 32; head < heads + 2 * kv_heads; head += gridDim.y * warps) {
         rotated x = load_head(row + head * HEAD_DIM);
         bool is_query = head < heads, is_value = head >= heads + kv_heads;
         if (!is_value) {

@@ -175,17 +175,28 @@ struct shared_state {
     u32 top_tokens[MOST_TOP];
 };
 
-// Calls visit(token, logit) for every token of the row, 16 bytes at a time where the row is aligned.
-template <typename Visit>
+// Calls visit(token, logit) for every token of the row, 16 bytes at a time where the row is aligned; a thread asks
+// for AT_ONCE of them before it looks at the first.
+template <int AT_ONCE, typename Visit>
 __device__ inline void for_each_token(const float* logits, u32 vocabulary, Visit visit) {
     u32 quads = ((u64)logits & 15) == 0 ? vocabulary / 4 : 0;
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < quads; i += THREADS) {
-        float4 four = ((const float4*)logits)[i];
-        visit(4 * i, four.x);
-        visit(4 * i + 1, four.y);
-        visit(4 * i + 2, four.z);
-        visit(4 * i + 3, four.w);
+    for (u32 first = threadIdx.x; first < quads; first += AT_ONCE * THREADS) {
+        float4 four[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            u32 i = first + j * THREADS;
+            if (i < quads) four[j] = ((const float4*)logits)[i];
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            u32 i = first + j * THREADS;
+            if (i < quads) {
+                visit(4 * i, four[j].x);
+                visit(4 * i + 1, four[j].y);
+                visit(4 * i + 2, four[j].z);
+                visit(4 * i + 3, four[j].w);
+            }
+        }
     }
     for (u32 i = 4 * quads + threadIdx.x; i < vocabulary; i += THREADS) visit(i, logits[i]);
 }
@@ -251,7 +262,7 @@ __device__ __noinline__ cut find_cut(shared_state& shared, const row_view& row_,
         int bits = digit == 2 ? 10 : 11;
         for (u32 i = threadIdx.x; i < BUCKETS; i += THREADS) shared.low[i] = shared.high[i] = 0;
         __syncthreads();
-        for_each_token(row.logits, row.vocabulary, [&](u32 token, float logit) {
+        for_each_token<4>(row.logits, row.vocabulary, [&](u32 token, float logit) {
             u32 key = order_key(logit);
             if ((digit > 0 && key >> (shift + bits) != prefix) || !counts(token, logit, key)) return;
             u32 bucket = key >> shift & ((1 << bits) - 1);
@@ -296,7 +307,7 @@ __device__ __noinline__ largest_logit find_largest(shared_state& shared, const f
     float best = __uint_as_float(0xff800000u);
     u32 best_token = 0;
     bool nan = false;
-    for_each_token(logits, vocabulary, [&](u32 id, float logit) {
+    for_each_token<8>(logits, vocabulary, [&](u32 id, float logit) {
         nan = nan || isnan(logit);
         // A thread visits ids in ascending order.
         if (logit > best) {
@@ -375,7 +386,7 @@ __device__ __noinline__ void report_logprobs(shared_state& shared, u32 token, u3
     row_view row = shared.raw;
     float logit = row.logits[token];
     u64 sum = 0, above = 0;
-    for_each_token(row.logits, row.vocabulary, [&](u32, float other) {
+    for_each_token<4>(row.logits, row.vocabulary, [&](u32, float other) {
         sum += row.mass(other);
         above += other > logit;
     });
@@ -391,7 +402,7 @@ __device__ __noinline__ void report_logprobs(shared_state& shared, u32 token, u3
     cut kept = find_cut(shared, shared.raw, KEEP_ALL, {bound_rule::FIRST, true, count, 0.0});
     if (threadIdx.x == 0) shared.found = 0;
     __syncthreads();
-    for_each_token(row.logits, row.vocabulary, [&](u32 other, float of) {
+    for_each_token<4>(row.logits, row.vocabulary, [&](u32 other, float of) {
         u32 key = order_key(of);
         if (!kept.keeps(key, other)) return;
         u32 place = atomicAdd(&shared.found, 1);
