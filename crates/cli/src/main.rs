@@ -34,7 +34,7 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },
-        Some(Command::Plan(command)) => match plan_command::run(&command) {
+        Some(Command::Plan(command)) => match plan_command::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },
