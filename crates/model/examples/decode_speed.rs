@@ -80,6 +80,7 @@ struct Report {
     parameters: u64,
     memory_read_gb_per_second: f64,
     f32_gflop_per_second: f64,
+    bf16_gflop_per_second: Option<f64>,
     rows: Vec<Row>,
 }
 
@@ -141,6 +142,7 @@ fn describe(arguments: &Arguments, source: &ModelSource) -> Result<Report, Box<d
         parameters: prepared.config().num_parameters(),
         memory_read_gb_per_second: limits.read_bytes_per_second / 1e9,
         f32_gflop_per_second: limits.f32_flops_per_second / 1e9,
+        bf16_gflop_per_second: limits.bf16_flops_per_second.map(|rate| rate / 1e9),
         rows: Vec::new(),
     })
 }
@@ -278,8 +280,10 @@ fn print(report: &Report) {
         report.kernels
     );
     println!(
-        "this machine: memory read {:.1} GB/s, f32 multiply-add {:.0} GFLOP/s\n",
-        report.memory_read_gb_per_second, report.f32_gflop_per_second
+        "this machine: memory read {:.1} GB/s, multiply-add in f32 {:.0} GFLOP/s, in bf16 {}\n",
+        report.memory_read_gb_per_second,
+        report.f32_gflop_per_second,
+        report.bf16_gflop_per_second.map_or("as f32".to_owned(), |rate| format!("{rate:.0} GFLOP/s"))
     );
     println!("| engine | phase | size | tokens/s |\n| --- | --- | --- | --- |");
     for row in &report.rows {

@@ -57,7 +57,7 @@ impl Level {
             }
             Self::Avx512 => avx512(),
             Self::Avx512Bf16 => avx512() && is_x86_feature_detected!("avx512bf16"),
-            Self::Amx => Self::Avx512Bf16.is_available() && super::matmul::amx_is_available(),
+            Self::Amx => Self::Avx512Bf16.is_available() && super::matmul::amx::is_available(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use super::buffer::Buffer;
-use super::level::Kernels;
+use super::level::{Kernels, Level};
 use super::simd::{Operation, Simd};
 
 /// Limits of the machine with the threads and the level of the [`Kernels`] that measured them.
@@ -15,14 +15,17 @@ pub struct Limits {
     pub read_bytes_per_second: f64,
     /// f32 operations a second of multiply-adds on registers, two each, all threads together.
     pub f32_flops_per_second: f64,
+    /// The same for products of bf16 numbers, where the level has instructions for them.
+    pub bf16_flops_per_second: Option<f64>,
 }
 
-/// Measures both; takes some tenths of a second and `bytes` of memory, which should be several times
+/// Measures all of them; takes some tenths of a second and `bytes` of memory, which should be several times
 /// the last-level cache (256 MiB serves).
 pub fn measure(kernels: &Kernels, bytes: usize) -> Limits {
     Limits {
         read_bytes_per_second: read_rate(kernels, bytes),
         f32_flops_per_second: multiply_add_rate(kernels),
+        bf16_flops_per_second: bf16_rate(kernels),
     }
 }
 
@@ -50,12 +53,6 @@ fn read_rate(kernels: &Kernels, bytes: usize) -> f64 {
 
 fn multiply_add_rate(kernels: &Kernels) -> f64 {
     const ROUNDS: usize = 300_000;
-    let threads = kernels.pool().threads();
-    let pass = || {
-        kernels.pool().run(threads, &|_| {
-            black_box(kernels.level().run(MultiplyAdd(black_box(ROUNDS))));
-        });
-    };
     struct Lanes;
     impl Operation for Lanes {
         type Output = usize;
@@ -65,8 +62,44 @@ fn multiply_add_rate(kernels: &Kernels) -> f64 {
         }
     }
     let lanes = kernels.level().run(Lanes);
+    let flops = ROUNDS * CHAINS * lanes * 2;
+    rate(kernels, flops, &|| kernels.level().run(MultiplyAdd(black_box(ROUNDS))))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn bf16_rate(kernels: &Kernels) -> Option<f64> {
+    use super::matmul::{amx, bf16_dot};
+    const ROUNDS: usize = 100_000;
+    match kernels.level() {
+        Level::Plain | Level::Avx2 | Level::Avx512 => None,
+        Level::Avx512Bf16 => {
+            // SAFETY: `Kernels` holds only levels that were detected.
+            let work = || unsafe { bf16_dot::rate(black_box(ROUNDS)) };
+            Some(rate(kernels, ROUNDS * bf16_dot::ROUND_FLOPS, &work))
+        }
+        Level::Amx => {
+            // SAFETY: as above.
+            let work = || unsafe { amx::rate(black_box(ROUNDS)) };
+            Some(rate(kernels, ROUNDS * amx::ROUND_FLOPS, &work))
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bf16_rate(_: &Kernels) -> Option<f64> {
+    None
+}
+
+/// The best of several passes in which every thread does `work` of `flops` operations.
+fn rate(kernels: &Kernels, flops: usize, work: &(dyn Fn() -> f32 + Sync)) -> f64 {
+    let threads = kernels.pool().threads();
+    let pass = || {
+        kernels.pool().run(threads, &|_| {
+            black_box(work());
+        });
+    };
     let seconds = (0..16).map(|_| seconds(pass)).fold(f64::INFINITY, f64::min);
-    (threads * ROUNDS * CHAINS * lanes * 2) as f64 / seconds
+    (threads * flops) as f64 / seconds
 }
 
 fn seconds(body: impl FnOnce()) -> f64 {
@@ -129,6 +162,8 @@ mod tests {
             let limits = measure(&kernels, 4 << 20);
             assert!(limits.read_bytes_per_second.is_normal() && limits.read_bytes_per_second > 0.0);
             assert!(limits.f32_flops_per_second.is_normal() && limits.f32_flops_per_second > 0.0);
+            let has_bf16 = kernels.level() >= Level::Avx512Bf16;
+            assert_eq!(limits.bf16_flops_per_second.is_some_and(f64::is_normal), has_bf16);
         }
     }
 }

@@ -11,17 +11,15 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
-mod bf16_dot;
+pub(super) mod bf16_dot;
 mod micro;
 mod pack;
 
 use super::buffer::{Buffer, SharedMut};
 use super::level::{Kernels, Level};
 use super::threads::split;
-#[cfg(target_arch = "x86_64")]
-pub(super) use amx::is_available as amx_is_available;
 use micro::Block;
 
 /// Outputs of a panel.

@@ -86,6 +86,36 @@ pub(super) unsafe fn tile(block: &Block) {
     unsafe { asm!("tilerelease", options(nomem, nostack)) };
 }
 
+/// Operations of one round of [`rate`]: four products of 16 rows by 16 outputs by 32 inputs.
+pub(in crate::cpu) const ROUND_FLOPS: usize = 4 * 16 * 16 * INPUTS * 2;
+
+/// Nothing but `tdpbf16ps` on tiles of zeros, to measure how many the CPU does.
+///
+/// # Safety
+/// [`is_available`] said yes.
+pub(in crate::cpu) unsafe fn rate(rounds: usize) -> f32 {
+    let mut config = Config::new(16);
+    config.row_bytes[..8].fill(64);
+    config.rows[..8].fill(16);
+    // SAFETY: the configuration is valid for palette 1: at most 16 rows of 64 bytes; it zeroes the tiles.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack)) };
+    for _ in 0..rounds {
+        // SAFETY: changes nothing but tiles.
+        unsafe {
+            asm!(
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                options(nomem, nostack),
+            );
+        }
+    }
+    // SAFETY: gives the tile state back.
+    unsafe { asm!("tilerelease", options(nomem, nostack)) };
+    0.0
+}
+
 unsafe fn one_panel(block: &Block, panel: usize) {
     // SAFETY: the caller's: the block's addresses are valid for its shapes.
     unsafe {

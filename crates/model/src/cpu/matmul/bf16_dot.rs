@@ -26,6 +26,28 @@ pub(super) unsafe fn tile(block: &Block) {
     }
 }
 
+/// Operations of one round of [`rate`].
+pub(in crate::cpu) const ROUND_FLOPS: usize = CHAINS * 16 * 4;
+/// Independent sums: more than latency times ports, and no more than the registers hold.
+const CHAINS: usize = 12;
+
+/// Nothing but `vdpbf16ps` on registers, to measure how many the CPU does.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(in crate::cpu) unsafe fn rate(rounds: usize) -> f32 {
+    let mut sums = [_mm512_set1_ps(1.0); CHAINS];
+    // SAFETY: any bits are bf16 numbers; these are small ones.
+    let factor = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(0x3c00)) };
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, factor, factor);
+        }
+    }
+    sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
+}
+
 /// `R` rows by one panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn panel<const R: usize>(block: &Block, panel: usize) {
