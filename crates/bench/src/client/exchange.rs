@@ -69,6 +69,13 @@ pub struct Reply {
     pub body: Bytes,
 }
 
+impl Reply {
+    /// What an error says, in one line.
+    pub fn message(&self) -> String {
+        error_message(&String::from_utf8_lossy(&self.body))
+    }
+}
+
 impl Client {
     /// Sends a streaming request and reads the answer to its end. `observed` holds what was seen, also if the
     /// future is dropped.

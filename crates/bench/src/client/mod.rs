@@ -22,7 +22,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
 use http_body_util::Full;
 use servelab_telemetry::Secret;
 
-pub use self::exchange::{Observed, Outgoing};
+pub use self::exchange::{Observed, Outgoing, Reply};
 pub use self::socket::{ReadStats, Reads};
 pub use self::target::{Target, TargetError};
 pub use self::timer::Timer;
