@@ -7,137 +7,13 @@
 
 use serde::Serialize;
 
-use crate::formulas::{self, DecodeBatch, DecodeModel, Gpus, MeanResidence, PromptAttention, ReplicaMemory};
+use crate::assumptions::Assumptions;
+use crate::formulas::{self, ReplicaMemory};
 use crate::hardware::{HardwareError, HardwareProfile};
+use crate::pace::Pace;
 use crate::roofline::{Limit, possible_gpus};
 use crate::shape::{ModelShape, ShapeError};
 use crate::shortcuts::{self, Warning};
-
-/// All that a plan takes for granted.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Assumptions {
-    pub daily_users: f64,
-    pub sessions_per_user: f64,
-    pub requests_per_session: f64,
-    /// Mean prompt (ISL).
-    pub input_tokens: u64,
-    /// Share of the input that the prefix cache holds already.
-    pub cached_share: f64,
-    /// Mean answer (OSL).
-    pub output_tokens: u64,
-    /// Rate of the busiest minutes over the mean. `None`: nobody knows, [`ASSUMED_PEAK_FACTOR`].
-    pub peak_factor: Option<f64>,
-    /// Share of the GPU's memory that the engine may use; vLLM's `gpu-memory-utilization`.
-    pub memory_utilisation: f64,
-    /// Activations, graphs and workspaces.
-    pub activation_bytes_per_gpu: f64,
-    /// Share of the peak FLOP/s that prefill reaches.
-    pub mfu: f64,
-    /// Floor of a decode step over what it really takes.
-    pub decode_efficiency: f64,
-    /// GPUs beyond those that the peak keeps busy: queueing, failures, deployments.
-    pub headroom: f64,
-    /// `None`: the fewest that hold the model and one request.
-    pub gpus_per_replica: Option<u32>,
-    /// Most requests that run at once on a replica. `None`: what its memory holds.
-    pub max_running: Option<u32>,
-    /// `None`: that of the hardware profile.
-    pub dollars_per_gpu_hour: Option<f64>,
-}
-
-/// The peak factor where nobody knows a better one; three to five are usually quoted.
-pub const ASSUMED_PEAK_FACTOR: f64 = 3.0;
-
-impl Assumptions {
-    /// A million users, five sessions of ten requests, 2,000 tokens in and 300 out.
-    ///
-    /// `mfu` and `decode_efficiency`: at low load, TPOT of the 8B and the 70B on H100 is 1.6 to 2.0 times its
-    /// floor measured, and 1.4 times as NVIDIA's AIConfigurator predicts; the tests hold the two shares against
-    /// its throughputs. 0.9 of the memory is vLLM's old default, 1.25 GB of activations a usual value.
-    pub const DEFAULT: Self = Self {
-        daily_users: 1e6,
-        sessions_per_user: 5.0,
-        requests_per_session: 10.0,
-        input_tokens: 2000,
-        cached_share: 0.0,
-        output_tokens: 300,
-        peak_factor: None,
-        memory_utilisation: 0.9,
-        activation_bytes_per_gpu: 1.25e9,
-        mfu: 0.5,
-        decode_efficiency: 0.6,
-        headroom: 1.3,
-        gpus_per_replica: None,
-        max_running: None,
-        dollars_per_gpu_hour: None,
-    };
-
-    pub fn requests_per_day(&self) -> f64 {
-        self.daily_users * self.sessions_per_user * self.requests_per_session
-    }
-
-    pub fn peak_factor(&self) -> f64 {
-        self.peak_factor.unwrap_or(ASSUMED_PEAK_FACTOR)
-    }
-
-    /// Prompt tokens that are computed: even a full hit computes one.
-    pub fn uncached_tokens(&self) -> f64 {
-        let input = self.input_tokens as f64;
-        (input * (1.0 - self.cached_share)).round().max(1.0)
-    }
-
-    /// ISL + OSL: what a request takes in the KV cache in the end.
-    pub fn tokens_per_request(&self) -> u64 {
-        self.input_tokens + self.output_tokens
-    }
-
-    /// # Errors
-    /// [`PlanError::Range`] for the first assumption that cannot be.
-    pub fn validate(&self) -> Result<(), PlanError> {
-        let tokens = "from 1 to 1e9";
-        within("daily_users", self.daily_users, 1.0, 1e10, "from 1 to 1e10")?;
-        within("sessions_per_user", self.sessions_per_user, 1e-3, 1000.0, "from 0.001 to 1000")?;
-        within("requests_per_session", self.requests_per_session, 1e-3, 1000.0, "from 0.001 to 1000")?;
-        // A thousand for everybody on earth.
-        within("requests_per_day", self.requests_per_day(), 0.0, 1e13, "at most 1e13")?;
-        within("input_tokens", self.input_tokens as f64, 1.0, 1e9, tokens)?;
-        within("output_tokens", self.output_tokens as f64, 1.0, 1e9, tokens)?;
-        within("cached_share", self.cached_share, 0.0, 1.0, "from 0 to 1")?;
-        within("peak_factor", self.peak_factor(), 1.0, 100.0, "from 1 to 100")?;
-        within("memory_utilisation", self.memory_utilisation, 0.01, 1.0, "from 0.01 to 1")?;
-        within("activation_bytes_per_gpu", self.activation_bytes_per_gpu, 0.0, 1e15, "from 0 to 1e15 bytes")?;
-        within("mfu", self.mfu, 0.01, 1.0, "from 0.01 to 1")?;
-        within("decode_efficiency", self.decode_efficiency, 0.01, 1.0, "from 0.01 to 1")?;
-        within("headroom", self.headroom, 1.0, 10.0, "from 1 to 10")?;
-        let gpus = self.gpus_per_replica.map_or(1.0, f64::from);
-        within("gpus_per_replica", gpus, 1.0, 1024.0, "from 1 to 1024")?;
-        let running = self.max_running.map_or(1.0, f64::from);
-        within("max_running", running, 1.0, 1e9, "from 1 to 1e9")?;
-        within(
-            "dollars_per_gpu_hour",
-            self.dollars_per_gpu_hour.unwrap_or(0.0),
-            0.0,
-            1e5,
-            "from 0 to 100000 dollars",
-        )
-    }
-}
-
-impl Default for Assumptions {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
-}
-
-fn within(
-    field: &'static str,
-    value: f64,
-    least: f64,
-    most: f64,
-    rule: &'static str,
-) -> Result<(), PlanError> {
-    if (least..=most).contains(&value) { Ok(()) } else { Err(PlanError::Range { field, value, rule }) }
-}
 
 /// Why there is no plan.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -363,8 +239,8 @@ fn plan_with(
 ) -> Result<CapacityPlan, PlanError> {
     let load = load(assumptions);
     let memory = replica_memory(model, hardware, assumptions, gpus);
-    let pace = pace(model, hardware, assumptions, &memory)?;
-    let speed = replica_speed(model, assumptions, &memory, &pace);
+    let pace = Pace::new(model, hardware, assumptions, &memory)?;
+    let speed = replica_speed(assumptions, &memory, &pace);
     let fleet = fleet(hardware, assumptions, &load, &speed, &pace);
     Ok(CapacityPlan {
         model: model.clone(),
@@ -420,108 +296,12 @@ fn replica_memory(
     }
 }
 
-/// How long one replica takes for what it does.
-#[derive(Clone, Copy)]
-struct Pace {
-    decode: DecodeModel,
-    gpus: Gpus,
-    context_tokens: f64,
-    decode_efficiency: f64,
-    output_tokens: f64,
-    /// The arithmetic of one prompt.
-    prefill_seconds: f64,
-}
-
-impl Pace {
-    fn step_floor_seconds(&self, sequences: f64) -> f64 {
-        formulas::decode_step_floor_seconds(self.decode, self.batch(sequences), self.gpus)
-    }
-
-    fn step_seconds(&self, sequences: f64) -> f64 {
-        self.step_floor_seconds(sequences) / self.decode_efficiency
-    }
-
-    fn limit(&self, sequences: f64) -> Limit {
-        let batch = self.batch(sequences);
-        let memory = formulas::decode_memory_seconds(self.decode, batch, self.gpus);
-        let compute = formulas::decode_compute_seconds(self.decode, batch, self.gpus);
-        if memory >= compute { Limit::Memory } else { Limit::Compute }
-    }
-
-    fn batch(&self, sequences: f64) -> DecodeBatch {
-        DecodeBatch { sequences, context_tokens: self.context_tokens }
-    }
-
-    fn ttft_seconds(&self) -> f64 {
-        self.prefill_seconds.max(self.step_seconds(1.0))
-    }
-
-    /// While a request decodes, the prompt of each of the others is computed once. With that, Little's law over
-    /// a replica that is just full gives its batch again.
-    fn tpot_seconds(&self, sequences: f64) -> f64 {
-        self.step_seconds(sequences) + (sequences - 1.0) * self.prefill_seconds / self.output_tokens
-    }
-
-    fn residence(&self, sequences: f64) -> MeanResidence {
-        MeanResidence {
-            ttft_seconds: self.ttft_seconds(),
-            output_tokens: self.output_tokens,
-            tpot_seconds: self.tpot_seconds(sequences),
-        }
-    }
-
-    /// The batch that a request is part of when `arrivals_per_second` come to this replica: itself and the N
-    /// that are there on average, where N follows from how long each stays in that batch (F7). Up to `full`.
-    ///
-    /// The residence grows with the batch along a convex curve, so there is one N at most below a full batch.
-    fn batch_at(&self, arrivals_per_second: f64, full: f64) -> f64 {
-        let surplus =
-            |others: f64| formulas::in_flight(arrivals_per_second, self.residence(others + 1.0)) - others;
-        let (mut low, mut high) = (0.0, full - 1.0);
-        if surplus(high) > 0.0 {
-            return full;
-        }
-        for _ in 0..100 {
-            let middle = (low + high) / 2.0;
-            if surplus(middle) > 0.0 { low = middle } else { high = middle }
-        }
-        high + 1.0
-    }
-}
-
-fn pace(
-    model: &ModelShape,
-    hardware: &HardwareProfile,
-    assumptions: &Assumptions,
-    memory: &Memory,
-) -> Result<Pace, PlanError> {
-    let (_, flops_per_second) = hardware.arithmetic(model.weight_dtype)?;
-    let prefill = prefill(model, assumptions, flops_per_second);
-    Ok(Pace {
-        decode: DecodeModel {
-            streamed_parameters: model.streamed_parameters() as f64,
-            streamed_bytes: model.streamed_bytes(),
-            kv_bytes_per_token: memory.kv_bytes_per_token * memory.kv_copies as f64,
-        },
-        gpus: Gpus {
-            count: memory.gpus_per_replica,
-            bandwidth_bytes_per_second: hardware.bandwidth_bytes_per_second,
-            flops_per_second,
-        },
-        context_tokens: assumptions.input_tokens as f64 + assumptions.output_tokens as f64 / 2.0,
-        decode_efficiency: assumptions.decode_efficiency,
-        output_tokens: assumptions.output_tokens as f64,
-        prefill_seconds: prefill.floor / assumptions.mfu / f64::from(memory.gpus_per_replica),
-    })
-}
-
-fn replica_speed(model: &ModelShape, assumptions: &Assumptions, memory: &Memory, pace: &Pace) -> Speed {
+fn replica_speed(assumptions: &Assumptions, memory: &Memory, pace: &Pace) -> Speed {
     let batch = assumptions.max_running.map_or(u64::MAX, u64::from).min(memory.capacity_requests);
     let sequences = batch as f64;
     let step_seconds = pace.step_seconds(sequences);
     let per_gpu = sequences / step_seconds / f64::from(memory.gpus_per_replica);
-    let flops_per_second = pace.gpus.flops_per_second;
-    let prefill = prefill(model, assumptions, flops_per_second);
+    let prefill = pace.prefill;
     let gpu_seconds = formulas::gpu_seconds_per_request(formulas::RequestCost {
         prefill_floor_gpu_seconds: prefill.floor,
         mfu: assumptions.mfu,
@@ -537,38 +317,16 @@ fn replica_speed(model: &ModelShape, assumptions: &Assumptions, memory: &Memory,
         decode_tokens_per_second_per_gpu: per_gpu,
         half_batch: formulas::half_batch(pace.decode, pace.context_tokens),
         ridge_batch: formulas::ridge_batch(pace.decode, pace.gpus),
-        flops_per_second_per_gpu: flops_per_second,
+        flops_per_second_per_gpu: pace.gpus.flops_per_second,
         prefill_gpu_seconds_per_token: prefill.per_token,
         prefill_attention_gpu_seconds: prefill.attention,
         prefill_floor_gpu_seconds: prefill.floor,
         gpu_seconds_per_request: gpu_seconds,
         prefill_share: prefill.floor / assumptions.mfu / gpu_seconds,
-        prefill_seconds: pace.prefill_seconds,
+        prefill_seconds: pace.prefill_seconds(),
         ttft_seconds: pace.ttft_seconds(),
         full_batch_tpot_seconds: pace.tpot_seconds(sequences),
     }
-}
-
-/// F5 of one prompt, in GPU-seconds.
-struct Prefill {
-    per_token: f64,
-    attention: f64,
-    floor: f64,
-}
-
-fn prefill(model: &ModelShape, assumptions: &Assumptions, flops_per_second: f64) -> Prefill {
-    let uncached_tokens = assumptions.uncached_tokens();
-    let attention = PromptAttention {
-        layers: model.layers,
-        heads: model.heads,
-        head_dim: model.head_dim,
-        cached_tokens: assumptions.input_tokens as f64 - uncached_tokens,
-        uncached_tokens,
-    };
-    let per_token =
-        formulas::prefill_gpu_seconds_per_token(model.streamed_parameters() as f64, flops_per_second);
-    let attention = formulas::causal_attention_gpu_seconds(attention, flops_per_second);
-    Prefill { per_token, attention, floor: per_token * uncached_tokens + attention }
 }
 
 fn fleet(

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use crate::assumptions::ASSUMED_PEAK_FACTOR;
 use crate::numbers::{bandwidth, bytes, given, grouped, plural, seconds, short, whole};
-use crate::planner::{ASSUMED_PEAK_FACTOR, CapacityPlan};
+use crate::planner::CapacityPlan;
 use crate::roofline::{Limit, Roofline, SequenceWork};
 
 /// One shortcut and what is true instead.
