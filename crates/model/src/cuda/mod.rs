@@ -5,9 +5,14 @@
 //! [`draws`] what the sampling kernel is told, and [`checks`] compares every kernel with plain loops.
 
 pub mod checks;
+pub mod disk_cache;
 pub mod draws;
+pub mod driver;
 pub mod geometry;
 pub mod gpu;
 pub mod kernels;
 pub mod launch;
+pub mod libraries;
+pub mod nvrtc;
+mod products;
 pub mod words;
