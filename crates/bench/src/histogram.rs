@@ -39,6 +39,15 @@ impl Histogram {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
+    /// The buckets that hold something: their bounds and how many values lie between.
+    pub fn buckets(&self) -> impl Iterator<Item = (Duration, Duration, u64)> {
+        let filled = self.counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        filled.map(|(at, count)| {
+            let below = at.checked_sub(1).map_or(0, largest);
+            (Duration::from_nanos(below), Duration::from_nanos(largest(at)), *count)
+        })
+    }
+
     /// The smallest bucket value that `percent` of the values do not exceed; 0 if nothing was recorded.
     pub fn percentile(&self, percent: f64) -> Duration {
         let wanted = (percent / 100.0 * self.count as f64).ceil().max(1.0) as u64;
@@ -97,6 +106,18 @@ mod tests {
                 let got = histogram.percentile(percent).as_nanos() as f64;
                 prop_assert!(got >= exact && got <= exact * 1.02 + 1.0, "{percent}: {got}, {exact}");
             }
+        }
+    }
+
+    #[test]
+    fn buckets_tell_where_the_values_lie() {
+        let mut histogram = Histogram::default();
+        [5, 5, 1000].map(|micros| histogram.record(Duration::from_micros(micros)));
+        let buckets: Vec<_> = histogram.buckets().collect();
+        assert_eq!(buckets.iter().map(|bucket| bucket.2).collect::<Vec<_>>(), [2, 1]);
+        for ((low, high, _), micros) in buckets.into_iter().zip([5, 1000]) {
+            let value = Duration::from_micros(micros);
+            assert!(low < value && value <= high && high - low < value / 50, "{low:?} {high:?}");
         }
     }
 

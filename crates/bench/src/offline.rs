@@ -333,20 +333,23 @@ impl<'a, R: ModelRunner, T: Time> Loop<'a, R, T> {
 
     /// One step of the engine. True if the device is lost.
     fn step(&mut self) -> bool {
-        let report = self.target.engine.step(self.target.time.now());
+        let began = self.target.time.now();
+        let report = self.target.engine.step(began);
         let now = self.target.time.now();
         for event in report.events {
-            self.event(event, now);
+            self.event(event, began, now);
         }
         report.fatal.is_some()
     }
 
-    fn event(&mut self, event: Event, now: Duration) {
+    /// Of a step that began and ended then.
+    fn event(&mut self, event: Event, began: Duration, now: Duration) {
         let id = event.request();
         match event {
             Event::Scheduled { cached_tokens, .. } => {
                 if let Some(active) = self.active.get_mut(&id) {
                     active.cached_tokens.get_or_insert(cached_tokens);
+                    active.record.started_seconds.get_or_insert(began.as_secs_f64());
                 }
             }
             Event::Token { token, .. } => {

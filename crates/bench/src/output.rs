@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::result::{BenchResult, RequestRecord};
 use crate::vllm;
@@ -49,14 +49,15 @@ impl Output {
         self.requests.write_all(b"\n")
     }
 
-    /// Writes `result.json` and, for several points, a file for each.
+    /// Writes `result.json`, with the keys of [`vllm::detailed_keys`] if wanted, and, for several points, a file
+    /// for each.
     ///
     /// # Errors
     /// The first file that cannot be written.
-    pub fn finish(mut self, result: &BenchResult) -> Result<(), OutputError> {
+    pub fn finish(mut self, result: &BenchResult, detailed: &Map<String, Value>) -> Result<(), OutputError> {
         let failed = |path: PathBuf| move |source| OutputError { path, source };
         self.requests.flush().map_err(failed(self.folder.join("requests.jsonl")))?;
-        let document = vllm::document(result).map_err(io::Error::from);
+        let document = vllm::document(result, detailed).map_err(io::Error::from);
         self.write("result.json", document)?;
         if result.points.len() > 1 {
             let folder = self.folder.join("vllm");

@@ -70,6 +70,9 @@ pub struct Header {
     /// Hardware under the model, as the user names it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hardware: Option<String>,
+    /// GPUs of it that serve one replica, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<u32>,
     /// The machine that the load came from.
     pub client: ClientInfo,
     pub workload: WorkloadInfo,
@@ -536,6 +539,9 @@ pub struct RequestRecord {
     /// How long opening a connection took; `None` if one was reused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connect_seconds: Option<f64>,
+    /// When the first step that computed some of its prompt began. Known offline only: a server does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_seconds: Option<f64>,
     /// First byte of the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_byte_seconds: Option<f64>,

@@ -189,7 +189,7 @@ async fn closed_loop(
     for _ in 0..concurrency {
         let (shared, queue) = (shared.clone(), queue.clone());
         clients.spawn(async move {
-            let (mut timer, mut due) = (Timer::new(), Duration::ZERO);
+            let (mut timer, mut due) = (Timer::default(), Duration::ZERO);
             while let Some(prepared) = take(&shared, &queue).await {
                 let Some(next) = shared.converse(prepared, due, None, &mut timer, None).await else { return };
                 due = next + think_time;
@@ -220,7 +220,7 @@ async fn open_loop(
     max_in_flight: u32,
 ) {
     let places = max_concurrency.map(|places| Arc::new(Semaphore::new(places as usize)));
-    let mut timer = Timer::new();
+    let mut timer = Timer::default();
     let mut requests = JoinSet::new();
     for scheduled in times {
         let prepared = async {
@@ -242,7 +242,9 @@ async fn open_loop(
         let (shared, places) = (shared.clone(), places.clone());
         shared.in_flight.fetch_add(1, Ordering::Relaxed);
         requests.spawn(async move {
-            shared.converse(prepared, scheduled, Some(ticket), &mut Timer::new(), places.as_deref()).await;
+            shared
+                .converse(prepared, scheduled, Some(ticket), &mut Timer::default(), places.as_deref())
+                .await;
             shared.in_flight.fetch_sub(1, Ordering::Relaxed);
         });
         while requests.try_join_next().is_some() {}
@@ -400,6 +402,7 @@ pub(crate) fn blank(index: u64, phase: Phase, scheduled: Duration) -> RequestRec
         due_seconds: scheduled.as_secs_f64(),
         sent_seconds: None,
         connect_seconds: None,
+        started_seconds: None,
         first_byte_seconds: None,
         first_token_seconds: None,
         last_token_seconds: None,

@@ -124,12 +124,17 @@ pub fn detailed_keys(records: &[&RequestRecord]) -> Map<String, Value> {
     keys
 }
 
-/// `result.json`: everything of the result, and at the top level the keys of the point that stands for it.
-pub fn document(result: &BenchResult) -> Result<Value, serde_json::Error> {
+/// `result.json`: everything of the result, and at the top level the keys of the point that stands for it, the
+/// `detailed` ones among them.
+///
+/// # Errors
+/// None that is known: all of it has a JSON form.
+pub fn document(result: &BenchResult, detailed: &Map<String, Value>) -> Result<Value, serde_json::Error> {
     let mut document = serde_json::to_value(result)?;
     if let (Value::Object(document), Some(point)) = (&mut document, result.best_point()) {
         document.insert("summarised_point".into(), json!(point.load.to_string()));
-        for (name, value) in keys(&result.header, point) {
+        let keys = keys(&result.header, point).into_iter().chain(detailed.clone());
+        for (name, value) in keys {
             document.entry(name).or_insert(value);
         }
     }

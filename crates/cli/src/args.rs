@@ -7,6 +7,7 @@ use clap::builder::{Styles, styling::AnsiColor};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
+use crate::bench::args::BenchCommand;
 use crate::plan_command::PlanCommand;
 use crate::size::{ByteSize, TimeSpan};
 
@@ -30,6 +31,9 @@ pub enum Command {
     /// Plan capacity: daily users to QPS, tokens/s and GPUs, formula by formula.
     #[command(after_help = EXIT_CODES)]
     Plan(Box<PlanCommand>),
+    /// Load a server, or the engine in this process, and measure what it does.
+    #[command(after_help = crate::bench::args::EXAMPLES)]
+    Bench(Box<BenchCommand>),
 }
 
 #[derive(Args)]

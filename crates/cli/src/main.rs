@@ -4,6 +4,7 @@
 
 mod args;
 mod banner;
+mod bench;
 mod config_file;
 mod generation_config;
 mod load;
@@ -31,6 +32,10 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         None => list_commands(),
         Some(Command::Serve(command)) => match serve::run(*command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Bench(command)) => match bench::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },

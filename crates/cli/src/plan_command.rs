@@ -148,7 +148,7 @@ pub fn run(command: &PlanCommand, out: &mut impl Write) -> Result<(), Error> {
 }
 
 fn make(command: &PlanCommand) -> Result<CapacityPlan, Error> {
-    let model = shape(command)?;
+    let model = named_shape(&command.model, command.dtype, command.kv_dtype)?;
     let hardware = hardware(command)?;
     plan(&model, &hardware, &assumptions(command)).map_err(|error| match error {
         PlanError::Range { field, value, rule } => match flag(command, field) {
@@ -232,19 +232,23 @@ fn users(text: &str) -> Result<f64, String> {
     }
 }
 
-fn shape(command: &PlanCommand) -> Result<ModelShape, Error> {
-    let known = presets::names().contains(&command.model.as_str());
-    let path = Path::new(&command.model);
+/// The shape of that name, or of a config.json or a folder that holds one.
+///
+/// # Errors
+/// If there is no such name or file, or the file is wrong.
+pub fn named_shape(model: &str, weight_dtype: Dtype, kv_dtype: Dtype) -> Result<ModelShape, Error> {
+    let known = presets::names().contains(&model);
+    let path = Path::new(model);
     let source = match known {
-        true => DummyShape::Preset(command.model.clone()),
+        true => DummyShape::Preset(model.to_owned()),
         false if path.is_dir() => DummyShape::Path(path.join("config.json")),
         false if path.exists() => DummyShape::Path(path.to_owned()),
         // The complaint lists the known names.
-        false => DummyShape::Preset(command.model.clone()),
+        false => DummyShape::Preset(model.to_owned()),
     };
     let files = ModelSource::Dummy(source).resolve(HubOptions::default())?;
     let config = ModelConfig::parse(&files.config, None)?;
-    Ok(shape_of(&command.model, &config, command.dtype, command.kv_dtype))
+    Ok(shape_of(model, &config, weight_dtype, kv_dtype))
 }
 
 /// What the arithmetic needs of a model.
@@ -289,7 +293,11 @@ fn hardware(command: &PlanCommand) -> Result<HardwareProfile, Error> {
     Ok(profile)
 }
 
-fn named_or_file(name: &str) -> Result<HardwareProfile, Error> {
+/// The known hardware of that name, or the profile in a file.
+///
+/// # Errors
+/// If there is neither, or the file is wrong.
+pub fn named_or_file(name: &str) -> Result<HardwareProfile, Error> {
     let unknown = match HardwareProfile::named(name) {
         Ok(profile) => return Ok(profile),
         Err(unknown) => unknown,
@@ -367,7 +375,7 @@ mod tests {
     #[test]
     fn presets_have_the_parameters_of_the_ledger() {
         let streamed = |name: &str| {
-            let shape = shape(&typed(&["--model", name])).unwrap();
+            let shape = named_shape(name, Dtype::Bf16, Dtype::Bf16).unwrap();
             (shape.parameters, shape.streamed_parameters(), shape.kv_bytes_per_token())
         };
         assert_eq!(streamed("llama-3.1-8b"), (8_030_261_248, 7_504_924_672, 131_072.0));

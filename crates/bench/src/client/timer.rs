@@ -3,7 +3,8 @@
 
 use std::time::Instant;
 
-/// Waits for one point in time after the other.
+/// Waits for one point in time after the other. Takes a file descriptor once it has to wait.
+#[derive(Default)]
 pub struct Timer {
     #[cfg(target_os = "linux")]
     file: Option<tokio::io::unix::AsyncFd<KernelTimer>>,
@@ -11,24 +12,13 @@ pub struct Timer {
 
 #[cfg(target_os = "linux")]
 impl Timer {
-    /// A timer of the kernel; where none can be had, that of the runtime.
-    #[expect(
-        deprecated,
-        reason = "its replacement is unsafe; the timer owns its descriptor to its end, as that demands"
-    )]
-    pub fn new() -> Self {
-        use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).ok();
-        Self { file: timer.and_then(|timer| tokio::io::unix::AsyncFd::new(KernelTimer(timer)).ok()) }
-    }
-
     /// Returns at once if `at` has passed.
     pub async fn until(&mut self, at: Instant) {
         let left = at.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return;
         }
+        self.file = self.file.take().or_else(open);
         let armed = self.file.as_ref().filter(|file| arm(&file.get_ref().0, left).is_ok());
         if let Some(file) = armed {
             // An earlier wait that was given up may have left its ring behind.
@@ -41,6 +31,19 @@ impl Timer {
         }
         tokio::time::sleep_until(at.into()).await;
     }
+}
+
+/// A timer of the kernel; where none can be had, that of the runtime does.
+#[cfg(target_os = "linux")]
+#[expect(
+    deprecated,
+    reason = "its replacement is unsafe; the timer owns its descriptor to its end, as that demands"
+)]
+fn open() -> Option<tokio::io::unix::AsyncFd<KernelTimer>> {
+    use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+    let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).ok()?;
+    tokio::io::unix::AsyncFd::new(KernelTimer(timer)).ok()
 }
 
 #[cfg(target_os = "linux")]
@@ -62,19 +65,9 @@ fn arm(timer: &nix::sys::timerfd::TimerFd, left: std::time::Duration) -> nix::Re
 
 #[cfg(not(target_os = "linux"))]
 impl Timer {
-    pub fn new() -> Self {
-        Self {}
-    }
-
     /// Returns at once if `at` has passed.
     pub async fn until(&mut self, at: Instant) {
         tokio::time::sleep_until(at.into()).await;
-    }
-}
-
-impl Default for Timer {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -87,7 +80,7 @@ mod tests {
     /// Never early; how late depends on the machine.
     #[tokio::test]
     async fn it_rings_after_its_time_again_and_again() {
-        let mut timer = Timer::new();
+        let mut timer = Timer::default();
         for micros in [1500, 0, 300, 20_000, 50] {
             let at = Instant::now() + Duration::from_micros(micros);
             timer.until(at).await;

@@ -1,0 +1,95 @@
+//! The engine in this process as the target, set up as `servelab serve` sets it up.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use servelab_bench::offline::{Offline, RealTime};
+use servelab_bench::prompt::{Pool, Writer};
+use servelab_bench::result::{ClientInfo, Endpoint, ModelInfo, TargetInfo};
+use servelab_engine::{Engine, ModelRunner};
+use servelab_server::{LoadError, LoadedModel};
+use servelab_telemetry::LogFormat;
+
+use super::machine;
+use super::settings::BenchSettings;
+use super::{Error, Prepared};
+use crate::load::{self, Summary};
+use crate::settings::{EngineSettings, ModelSettings};
+
+/// Ids that prompts are drawn from: enough that no two prompts are alike by chance.
+const MAX_IDS: usize = 4096;
+
+type Runner = Box<dyn ModelRunner + Send>;
+
+/// Loads the model.
+///
+/// # Errors
+/// If it cannot be loaded, or its context is too short for the workload.
+pub fn prepare(
+    settings: &BenchSettings,
+    model: &ModelSettings,
+    engine: &EngineSettings,
+) -> Result<Prepared<Offline<Runner, RealTime>>, Error> {
+    // Only one program logs in this process.
+    let _ = servelab_telemetry::init_logs(LogFormat::Human, "warn");
+    let opened = load::open(model)?;
+    let (loaded, summary) = load::load(opened, model, engine)?;
+    let id = model.served_names[0].clone();
+    let workload = settings.workload.clone().within(loaded.engine.max_model_len, settings.fit)?;
+    let writer = Writer {
+        endpoint: Endpoint::Completions,
+        model: id.clone(),
+        pool: Pool::Ids(ordinary_ids(&loaded)),
+        key: 0,
+        salt_text: None,
+        ignore_eos: settings.ignore_eos,
+        temperature: settings.temperature,
+        extra_body: serde_json::Map::new(),
+    };
+    let info = ModelInfo {
+        id,
+        root: Some(loaded.root.clone()),
+        dtype: Some(summary.weight_dtype.to_owned()),
+        max_model_len: Some(loaded.engine.max_model_len),
+    };
+    let facts = facts(&summary);
+    let engine = loaded_engine(loaded)?;
+    let client = ClientInfo { max_in_flight: settings.session.max_in_flight, ..machine::describe() };
+    Ok(Prepared {
+        target: engine,
+        info: TargetInfo::Offline { engine: facts },
+        model: info,
+        workload,
+        writer,
+        client,
+    })
+}
+
+fn loaded_engine(loaded: LoadedModel) -> Result<Offline<Runner, RealTime>, LoadError> {
+    let engine = Engine::new(loaded.engine, loaded.runner).map_err(|error| LoadError(error.to_string()))?;
+    Ok(Offline::new(engine, RealTime::start(), loaded.eos_token_ids.into()))
+}
+
+/// Tokens that are no special ones.
+fn ordinary_ids(loaded: &LoadedModel) -> Arc<[u32]> {
+    let ids: Vec<u32> =
+        (0..loaded.vocab_size).filter(|id| !loaded.tokenizer.is_special(*id)).take(MAX_IDS).collect();
+    // A vocabulary of nothing but special tokens is still one.
+    if ids.is_empty() { (0..loaded.vocab_size.max(1)).collect() } else { ids.into() }
+}
+
+fn facts(summary: &Summary) -> BTreeMap<String, String> {
+    let engine = &summary.engine;
+    let facts = [
+        ("architecture", summary.architecture.to_owned()),
+        ("parameters", summary.parameters.to_string()),
+        ("weight_dtype", summary.weight_dtype.to_owned()),
+        ("kv_dtype", summary.kv_dtype.to_owned()),
+        ("block_size", engine.block_size.to_string()),
+        ("num_blocks", engine.num_blocks.to_string()),
+        ("max_batched_tokens", engine.max_batched_tokens.to_string()),
+        ("max_running", engine.max_running.to_string()),
+        ("prefix_cache", engine.prefix_cache.to_string()),
+    ];
+    facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
