@@ -3,7 +3,8 @@
 //
 // Every thread of a block is a fiber with a stack of its own (runtime.cpp). A fiber runs until it has to wait
 // for others: at a barrier of the block, or at an instruction that a warp executes together. Who goes on is
-// drawn from a seeded generator, so that a missing barrier gives wrong numbers with one seed or another.
+// drawn from a seeded generator, so that a missing barrier gives wrong numbers with one seed or another. Blocks run
+// one after the other, in random order: what two blocks do at the same time does not show.
 //
 // What a GPU leaves undefined is made visible: shared memory starts as NaN, and the target of an asynchronous
 // copy is NaN from the request until it has been waited for. Where the compiler can (GCC's and Clang's

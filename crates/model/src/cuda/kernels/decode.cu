@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
         u32 query[STEPS][2];
         load_queries(query, queries + (u64)head_row * HEAD_DIM, heads);
 
-        // Of heads 2c and 2c + 1: the largest score, this lane's part of the sum of weights.
+        // Of heads 2c and 2c + 1: the largest score before it is scaled, this lane's part of the sum of weights.
         float largest[2] = {-1e30f, -1e30f}, weights[2] = {};
         float sums[STEPS][4] = {};
         for (u32 index = 0; index < count; index++) {
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
             u32 token = (first + index * WARPS) * TILE + lane / 4;
             bool seen[2] = {token >= item.begin && token < item.end, token + 8 >= item.begin && token + 8 < item.end};
 #pragma unroll
-            for (int i = 0; i < 4; i++) scores[i] = seen[i / 2] ? scores[i] * factor : __uint_as_float(0xff800000u);
+            for (int i = 0; i < 4; i++) scores[i] = seen[i / 2] ? scores[i] : __uint_as_float(0xff800000u);
 
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -246,10 +246,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
 #pragma unroll
                 for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
                 top = fmaxf(top, largest[i]);
-                float shrink = exp2_fast(largest[i] - top);
+                float shrink = exp2_fast((largest[i] - top) * factor);
                 largest[i] = top;
-                scores[i] = exp2_fast(scores[i] - top);
-                scores[i + 2] = exp2_fast(scores[i + 2] - top);
+                scores[i] = exp2_fast(scores[i] * factor - top * factor);
+                scores[i + 2] = exp2_fast(scores[i + 2] * factor - top * factor);
                 weights[i] = weights[i] * shrink + scores[i] + scores[i + 2];
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
             for (int step = 4; step < 32; step *= 2) weights[i] += __shfl_xor_sync(FULL_WARP, weights[i], step);
             u32 head = 2 * c + i;
             if (lane < 4) {
-                result[8 * RESULT_STRIDE + head] = largest[i];
+                result[8 * RESULT_STRIDE + head] = largest[i] * factor;
                 result[8 * RESULT_STRIDE + 8 + head] = weights[i];
             }
 #pragma unroll

@@ -238,32 +238,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_attention(
         score(scores, my_queries, keys);
 
         bool some_hidden = start + KEYS - 1 > first_position || (window && start + window <= last_position);
+        if (some_hidden) {
+#pragma unroll
+            for (int tile = 0; tile < QUERY_TILES; tile++) {
+#pragma unroll
+                for (int n = 0; n < KEYS / 2; n++) {
+                    u32 at = position[tile][n / 2 % 2], key = start + n / 4 * 8 + 2 * c + n % 2;
+                    bool hidden = key > at || (window && key + window <= at);
+                    if (hidden) scores[tile][n / 4][n % 4] = __uint_as_float(0xff800000u);
+                }
+            }
+        }
         float shrink[QUERY_TILES][2];
         bool shrinks = false;
 #pragma unroll
         for (int tile = 0; tile < QUERY_TILES; tile++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                u32 at = position[tile][i];
                 float top = largest[tile][i];
 #pragma unroll
-                for (int n = 0; n < KEYS / 4; n++) {
-                    float& score = scores[tile][n / 2][2 * i + n % 2];
-                    u32 key = start + n / 2 * 8 + 2 * c + n % 2;
-                    bool hidden = some_hidden && (key > at || (window && key + window <= at));
-                    score = hidden ? __uint_as_float(0xff800000u) : score * factor;
-                    top = fmaxf(top, score);
-                }
+                for (int n = 0; n < KEYS / 4; n++) top = fmaxf(top, scores[tile][n / 2][2 * i + n % 2]);
                 top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-                shrink[tile][i] = exp2_fast(largest[tile][i] - top);
+                shrink[tile][i] = exp2_fast((largest[tile][i] - top) * factor);
                 shrinks = shrinks || top > largest[tile][i];
                 largest[tile][i] = top;
                 weights[tile][i] *= shrink[tile][i];
 #pragma unroll
                 for (int n = 0; n < KEYS / 4; n++) {
                     float& score = scores[tile][n / 2][2 * i + n % 2];
-                    score = exp2_fast(score - top);
+                    // One instruction scales and subtracts.
+                    score = exp2_fast(score * factor - top * factor);
                     weights[tile][i] += score;
                 }
             }
