@@ -38,6 +38,8 @@ pub enum HardwareError {
 /// Puts limits beside figures.
 pub struct Limiter {
     pub hardware: String,
+    /// `None` for this machine's processor.
+    pub gpus: Option<u32>,
     model: String,
     roofline: Roofline,
 }
@@ -73,7 +75,8 @@ impl Limiter {
         };
         let roofline = Roofline::new(&shape, &profile, gpus)?;
         let hardware = if gpus == 1 { profile.name } else { format!("{gpus} x {}", profile.name) };
-        Ok(Some(Self { hardware, model: shape.name, roofline }))
+        let gpus = (name != "measured").then_some(gpus);
+        Ok(Some(Self { hardware, gpus, model: shape.name, roofline }))
     }
 
     pub fn limits(&self, metrics: &Metrics) -> Option<Limits> {

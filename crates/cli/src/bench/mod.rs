@@ -154,6 +154,7 @@ async fn bench<T: Target>(
         label: settings.label.clone(),
         target: prepared.info,
         model: prepared.model,
+        gpus: limiter.as_ref().and_then(|limiter| limiter.gpus),
         hardware: limiter.map(|limiter| limiter.hardware),
         client: prepared.client,
         workload,
