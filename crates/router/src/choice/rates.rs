@@ -1,0 +1,197 @@
+//! How fast one replica works, learnt from its own counters: prompt tokens a second, seconds a decode step.
+//!
+//! Two estimates of the first, of which the larger holds. Tokens over the prefill times of their requests is right
+//! where prompts are computed one after the other, and too low where several share a step, since each then counts the
+//! whole step. Tokens over the time on the clock is what was achieved, and too low where the replica had nothing to
+//! do.
+
+use std::time::Duration;
+
+/// Counters of one replica since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counters {
+    /// The caller's clock when they were read.
+    pub at: Duration,
+    /// `prompt_tokens_total` less `prompt_tokens_cached_total`.
+    pub computed_prompt_tokens: f64,
+    /// Sum of `request_prefill_time_seconds`.
+    pub prefill_seconds: f64,
+    /// Sum and count of `inter_token_latency_seconds`.
+    pub token_gap_seconds: f64,
+    pub token_gaps: f64,
+}
+
+/// The speed of one replica.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    pub prefill_tokens_per_second: f64,
+    /// Mean time between two tokens of a sequence.
+    pub step_seconds: f64,
+}
+
+impl Default for Pace {
+    /// Of a model of some 8 billion parameters on one large GPU: a guess until something is measured.
+    fn default() -> Self {
+        Self { prefill_tokens_per_second: 20_000.0, step_seconds: 0.015 }
+    }
+}
+
+/// Weight of the latest window in the mean.
+const LATEST: f64 = 0.3;
+/// A window ends when this much has happened in it; less is noise.
+const WINDOW_TOKENS: f64 = 512.0;
+const WINDOW_GAPS: f64 = 64.0;
+
+/// Learns the pace of one replica.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    prefill_from: Option<Counters>,
+    gaps_from: Option<Counters>,
+    prefill_tokens_per_second: Option<f64>,
+    step_seconds: Option<f64>,
+}
+
+impl Rates {
+    /// Takes in the counters as they are now.
+    pub fn observe(&mut self, now: Counters) {
+        self.prefill_from = match self.prefill_from {
+            Some(from) if !restarted(from, now) => match prefill_rate(from, now) {
+                Some(rate) => {
+                    learn(&mut self.prefill_tokens_per_second, rate);
+                    Some(now)
+                }
+                None => Some(window_start(from, now)),
+            },
+            _ => Some(now),
+        };
+        self.gaps_from = match self.gaps_from {
+            Some(from) if !restarted(from, now) => {
+                let gaps = now.token_gaps - from.token_gaps;
+                if gaps >= WINDOW_GAPS {
+                    learn(&mut self.step_seconds, (now.token_gap_seconds - from.token_gap_seconds) / gaps);
+                    Some(now)
+                } else {
+                    Some(from)
+                }
+            }
+            _ => Some(now),
+        };
+    }
+
+    /// What was learnt, and `prior` where nothing was yet.
+    pub fn pace(&self, prior: Pace) -> Pace {
+        Pace {
+            prefill_tokens_per_second: self
+                .prefill_tokens_per_second
+                .unwrap_or(prior.prefill_tokens_per_second),
+            step_seconds: self.step_seconds.unwrap_or(prior.step_seconds),
+        }
+    }
+
+    /// The pace to expect of a replica of which nothing is known: the mean over those that are known.
+    pub fn mean<'a>(all: impl Iterator<Item = &'a Self> + Clone, prior: Pace) -> Pace {
+        let mean = |values: &mut dyn Iterator<Item = f64>, prior: f64| {
+            let (sum, count) = values.fold((0.0, 0), |(sum, count), value| (sum + value, count + 1));
+            if count == 0 { prior } else { sum / f64::from(count) }
+        };
+        let rates = &mut all.clone().filter_map(|rates| rates.prefill_tokens_per_second);
+        let steps = &mut all.filter_map(|rates| rates.step_seconds);
+        Pace {
+            prefill_tokens_per_second: mean(rates, prior.prefill_tokens_per_second),
+            step_seconds: mean(steps, prior.step_seconds),
+        }
+    }
+}
+
+/// `None` while too little has happened.
+fn prefill_rate(from: Counters, now: Counters) -> Option<f64> {
+    let tokens = now.computed_prompt_tokens - from.computed_prompt_tokens;
+    let busy = now.prefill_seconds - from.prefill_seconds;
+    let passed = now.at.saturating_sub(from.at).as_secs_f64();
+    let seconds = busy.min(passed);
+    (tokens >= WINDOW_TOKENS && seconds > 0.0).then(|| tokens / seconds)
+}
+
+/// Idle time before the first token of a window belongs to no window.
+fn window_start(from: Counters, now: Counters) -> Counters {
+    if now.computed_prompt_tokens == from.computed_prompt_tokens { now } else { from }
+}
+
+/// Counters only grow, unless the replica was started anew.
+fn restarted(from: Counters, now: Counters) -> bool {
+    now.computed_prompt_tokens < from.computed_prompt_tokens
+        || now.prefill_seconds < from.prefill_seconds
+        || now.token_gaps < from.token_gaps
+}
+
+fn learn(mean: &mut Option<f64>, value: f64) {
+    if value.is_finite() && value > 0.0 {
+        *mean = Some(mean.map_or(value, |mean| mean + LATEST * (value - mean)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counters(at: f64, tokens: f64, prefill_seconds: f64) -> Counters {
+        Counters {
+            at: Duration::from_secs_f64(at),
+            computed_prompt_tokens: tokens,
+            prefill_seconds,
+            ..Counters::default()
+        }
+    }
+
+    fn prefill(observed: &[Counters]) -> f64 {
+        let mut rates = Rates::default();
+        observed.iter().for_each(|counters| rates.observe(*counters));
+        rates.pace(Pace { prefill_tokens_per_second: -1.0, step_seconds: -1.0 }).prefill_tokens_per_second
+    }
+
+    #[test]
+    fn prompts_one_after_the_other_and_prompts_in_one_step_give_the_same_rate() {
+        assert_eq!(prefill(&[counters(0.0, 0.0, 0.0), counters(9.0, 10_000.0, 2.0)]), 5000.0);
+        // Ten prompts of 1,000 tokens share two seconds of steps: each of them waited for both.
+        assert_eq!(prefill(&[counters(0.0, 0.0, 0.0), counters(2.0, 10_000.0, 20.0)]), 5000.0);
+    }
+
+    #[test]
+    fn an_idle_replica_is_not_a_slow_one() {
+        let idle = counters(1000.0, 0.0, 0.0);
+        assert_eq!(prefill(&[counters(0.0, 0.0, 0.0), idle, counters(1002.0, 10_000.0, 20.0)]), 5000.0);
+    }
+
+    #[test]
+    fn little_is_not_enough_and_a_restart_is_no_rate() {
+        assert_eq!(prefill(&[counters(0.0, 0.0, 0.0), counters(1.0, 100.0, 1.0)]), -1.0);
+        assert_eq!(prefill(&[counters(0.0, 90_000.0, 9.0), counters(1.0, 1000.0, 1.0)]), -1.0);
+        let again = [counters(0.0, 90_000.0, 9.0), counters(1.0, 0.0, 0.0), counters(2.0, 1000.0, 0.5)];
+        assert_eq!(prefill(&again), 2000.0);
+    }
+
+    #[test]
+    fn steps_are_the_mean_gap_and_the_newest_window_counts_most() {
+        let gaps = |at: f64, seconds: f64, gaps: f64| Counters {
+            at: Duration::from_secs_f64(at),
+            token_gap_seconds: seconds,
+            token_gaps: gaps,
+            ..Counters::default()
+        };
+        let mut rates = Rates::default();
+        let observed =
+            [gaps(0.0, 0.0, 0.0), gaps(1.0, 1.0, 100.0), gaps(2.0, 1.1, 105.0), gaps(3.0, 3.0, 200.0)];
+        observed.into_iter().for_each(|counters| rates.observe(counters));
+        let step = rates.pace(Pace::default()).step_seconds;
+        assert!((step - 0.013).abs() < 1e-9, "{step}");
+    }
+
+    #[test]
+    fn a_newcomer_is_expected_to_be_like_the_others() {
+        let known = |rate: f64| Rates { prefill_tokens_per_second: Some(rate), ..Rates::default() };
+        let fleet = [known(1000.0), known(3000.0), Rates::default()];
+        let mean = Rates::mean(fleet.iter(), Pace::default());
+        assert_eq!(mean, Pace { prefill_tokens_per_second: 2000.0, ..Pace::default() });
+        assert_eq!(Rates::mean([].iter(), Pace::default()), Pace::default());
+    }
+}
