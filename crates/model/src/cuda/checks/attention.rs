@@ -1,6 +1,8 @@
 //! Both attention kernels over a paged cache whose unused slots are NaN.
 
-use super::numbers::{Stored, difference, exactly, from_e4m3, to_e4m3, values_of};
+use super::numbers::{
+    Stored, compared, difference, exactly, from_bits, from_e4m3, to_bits, to_e4m3, tolerance, values_of,
+};
 use super::{Check, Checker, Report, Shape, Size};
 use crate::cpu::random::Random;
 use crate::cuda::geometry::{
@@ -34,21 +36,25 @@ pub fn decode<G: Gpu>(gpu: &G, size: Size, report: Report<'_>) -> Result<(), Gpu
             ],
         };
         for (contexts, window) in batches {
-            let batch = Batch::new(shape, 2, contexts, *window);
+            let batch = Batch::new(shape, 2, &single_tokens(contexts), *window, size);
             report(checker.decode(&kernels, &batch, usize::MAX)?);
         }
         // So little room that splits have to be longer.
-        let batch = Batch::new(shape, 1, &[600, 3], None);
+        let batch = Batch::new(shape, 1, &single_tokens(&[600, 3]), None, size);
         report(checker.decode(&kernels, &batch, 3)?);
     }
     if size == Size::Full {
         let kernels = Kernels::load(gpu, checker.specialisation(TIMED))?;
         for (rows, context) in [(1, 1024), (64, 1024), (64, 8192), (1, 65_536)] {
-            let batch = Batch::new(TIMED, 8, &vec![context; rows], None);
+            let batch = Batch::new(TIMED, 8, &vec![(1, context); rows], None, size);
             report(checker.decode(&kernels, &batch, usize::MAX)?);
         }
     }
     Ok(())
+}
+
+fn single_tokens(contexts: &[u32]) -> Vec<Chunk> {
+    contexts.iter().map(|context| (1, *context)).collect()
 }
 
 /// Prompt chunks of several sequences in one launch.
@@ -68,22 +74,30 @@ pub fn prefill<G: Gpu>(gpu: &G, size: Size, report: Report<'_>) -> Result<(), Gp
             ],
         };
         for (chunks, window) in batches {
-            report(checker.prefill(&kernels, &Batch::chunks(shape, 2, chunks, *window))?);
+            report(checker.prefill(&kernels, &Batch::new(shape, 2, chunks, *window, size))?);
         }
     }
     if size == Size::Full {
         let kernels = Kernels::load(gpu, checker.specialisation(TIMED))?;
         for (tokens, context) in [(2048, 2048), (8192, 8192), (512, 32_768)] {
-            report(checker.prefill(&kernels, &Batch::chunks(TIMED, 8, &[(tokens, context)], None))?);
+            report(checker.prefill(&kernels, &Batch::new(TIMED, 8, &[(tokens, context)], None, size))?);
         }
     }
     Ok(())
 }
 
-/// Bytes of a cache after which it repeats: what is larger would take the CPU too long to make.
-const PATTERN_BYTES: usize = 32 << 20;
-/// Rows of a batch that are compared; plain loops over all of a large one would take minutes.
-const COMPARED_ROWS: usize = 600;
+/// Products of numbers that are compared with plain loops; all of a large batch would take minutes.
+const COMPARED: u64 = 500_000_000;
+
+impl Size {
+    /// Bytes of a cache after which it repeats: what is larger would take the CPU too long to make.
+    fn pattern_bytes(self) -> usize {
+        match self {
+            Self::Small => 1 << 20,
+            Self::Full => 32 << 20,
+        }
+    }
+}
 
 /// Sequences with their blocks, in random order, and the whole cache of one layer.
 struct Batch {
@@ -101,12 +115,7 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(shape: Shape, kv_heads: usize, contexts: &[u32], window: Option<u32>) -> Self {
-        let chunks: Vec<_> = contexts.iter().map(|context| (1, *context)).collect();
-        Self::chunks(shape, kv_heads, &chunks, window)
-    }
-
-    fn chunks(shape: Shape, kv_heads: usize, sequences: &[Chunk], window: Option<u32>) -> Self {
+    fn new(shape: Shape, kv_heads: usize, sequences: &[Chunk], window: Option<u32>, size: Size) -> Self {
         let mut random = Random::new(sequences.len() as u64 * 31 + u64::from(shape.head_dim));
         let needed = |context: u32| context.div_ceil(shape.block_size) as usize;
         let table_width = sequences.iter().map(|(_, context)| needed(*context)).max().unwrap_or(1) + 1;
@@ -133,7 +142,7 @@ impl Batch {
             table_width,
             tables,
             cache_bytes: blocks * block_bytes,
-            pattern: vec![0xff; (blocks * block_bytes).min(PATTERN_BYTES)],
+            pattern: vec![0xff; blocks.min(size.pattern_bytes() / block_bytes) * block_bytes],
             queries: Stored::random(&mut random, shape.element, rows as usize * width, 2.0),
             scales: match shape.kv {
                 KvElement::Same => KvScales::default(),
@@ -149,7 +158,7 @@ impl Batch {
         let (bytes, dim) = (self.shape.kv.bytes(), self.shape.head_dim as usize);
         let mut write = |pattern: &mut [u8]| match self.shape.kv {
             KvElement::Same => pattern.chunks_exact_mut(2).for_each(|pair| {
-                pair.copy_from_slice(&self.shape.element.bits(f64::from(random.value())).to_le_bytes());
+                pair.copy_from_slice(&to_bits(self.shape.element, f64::from(random.value())).to_le_bytes());
             }),
             KvElement::E4M3 => {
                 pattern.iter_mut().for_each(|byte| *byte = to_e4m3(f64::from(random.value()) * 3.0));
@@ -184,7 +193,7 @@ impl Batch {
         match self.shape.kv {
             KvElement::Same => {
                 let pairs = stored.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
-                pairs.map(|bits| self.shape.element.value(bits)).collect()
+                pairs.map(|bits| from_bits(self.shape.element, bits)).collect()
             }
             KvElement::E4M3 => {
                 let scale = if head < self.kv_heads { self.scales.key } else { self.scales.value };
@@ -222,9 +231,9 @@ impl Batch {
     /// must be untouched.
     fn error(&self, found: &[u16]) -> f64 {
         let (rows, width) = (self.rows(), self.width());
-        let step = rows.div_ceil(COMPARED_ROWS);
+        let per_row = self.pairs() * 2 * u64::from(self.shape.head_dim) / rows as u64;
         let mut error = exactly(found[rows * width..].iter().all(|bits| *bits == u16::MAX));
-        for row in (0..rows).rev().step_by(step) {
+        for row in compared(rows, (COMPARED / per_row.max(1)) as usize) {
             let stored = values_of(self.shape.element, &found[row * width..(row + 1) * width]);
             error = error.max(difference(&stored, &self.attend(row)));
         }
@@ -242,9 +251,9 @@ impl Batch {
             let values: Vec<_> =
                 (first..=position).map(|at| self.cached(sequence, at, self.kv_heads + kv_head)).collect();
             for head in 0..group {
-                let query =
-                    &self.queries.values[row * self.width() + (kv_head * group + head) * dim..][..dim];
-                let dot = |key: &Vec<f64>| key.iter().zip(query).map(|(k, q)| k * q).sum::<f64>();
+                let first = row * self.width() + (kv_head * group + head) * dim;
+                let query = self.queries.values(first..first + dim);
+                let dot = |key: &Vec<f64>| key.iter().zip(&query).map(|(k, q)| k * q).sum::<f64>();
                 let scores: Vec<f64> = keys.iter().map(|key| dot(key) * f64::from(self.scale())).collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
@@ -300,7 +309,7 @@ impl Batch {
                 if self.sequences.len() > 6 { ", ..." } else { "" },
             ),
             error,
-            tolerance: self.shape.element.tolerance(),
+            tolerance: tolerance(self.shape.element),
             bytes: self.bytes(),
             flops: self.pairs() * 4 * u64::from(self.shape.head_dim),
             seconds,

@@ -1,54 +1,75 @@
 //! Random numbers, formats, and the comparison.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::cpu::random::Random;
 use crate::cuda::kernels::Element;
 
-impl Element {
-    /// A number as it is stored.
-    pub(super) fn bits(self, value: f64) -> u16 {
-        match self {
-            Self::BF16 => bf16::from_f64(value).to_bits(),
-            Self::F16 => f16::from_f64(value).to_bits(),
-        }
-    }
-
-    pub(super) fn value(self, bits: u16) -> f64 {
-        match self {
-            Self::BF16 => bf16::from_bits(bits).to_f64(),
-            Self::F16 => f16::from_bits(bits).to_f64(),
-        }
-    }
-
-    /// How far a stored result may be from the exact one, relative to the largest: two roundings, and
-    /// those of probabilities or intermediate results.
-    pub(super) fn tolerance(self) -> f64 {
-        match self {
-            Self::BF16 => 8e-3,
-            Self::F16 => 2e-3,
-        }
+/// A number as it is stored.
+pub(super) fn to_bits(element: Element, value: f64) -> u16 {
+    match element {
+        Element::BF16 => bf16::from_f64(value).to_bits(),
+        Element::F16 => f16::from_f64(value).to_bits(),
     }
 }
 
-/// Random numbers as they are stored, and their exact values.
+/// The exact value of a stored number.
+pub(super) fn from_bits(element: Element, bits: u16) -> f64 {
+    match element {
+        Element::BF16 => bf16::from_bits(bits).to_f64(),
+        Element::F16 => f16::from_bits(bits).to_f64(),
+    }
+}
+
+/// How far a stored result may be from the exact one, relative to the largest: two roundings, and those of
+/// probabilities or intermediate results.
+pub(super) fn tolerance(element: Element) -> f64 {
+    match element {
+        Element::BF16 => 8e-3,
+        Element::F16 => 2e-3,
+    }
+}
+
+/// Random numbers repeat after that many: more would take the CPU too long to make.
+const PERIOD: usize = 1_048_583;
+
+/// Random numbers as they are stored.
 pub(super) struct Stored {
+    element: Element,
     pub bits: Vec<u16>,
-    pub values: Vec<f64>,
 }
 
 impl Stored {
     /// `count` numbers in `-scale..scale`.
     pub fn random(random: &mut Random, element: Element, count: usize, scale: f32) -> Self {
-        let bits: Vec<u16> = (0..count).map(|_| element.bits(f64::from(random.value() * scale))).collect();
-        let values = bits.iter().map(|bits| element.value(*bits)).collect();
-        Self { bits, values }
+        let mut bits: Vec<u16> =
+            (0..count.min(PERIOD)).map(|_| to_bits(element, f64::from(random.value() * scale))).collect();
+        while bits.len() < count {
+            bits.extend_from_within(..PERIOD.min(count - bits.len()));
+        }
+        Self { element, bits }
     }
+
+    /// The exact values of some of them.
+    pub fn values(&self, range: Range<usize>) -> Vec<f64> {
+        values_of(self.element, &self.bits[range])
+    }
+
+    pub fn set(&mut self, at: usize, value: f64) {
+        self.bits[at] = to_bits(self.element, value);
+    }
+}
+
+/// The rows that are compared: all, or some from the last on where there are many.
+pub(super) fn compared(rows: usize, most: usize) -> impl Iterator<Item = usize> {
+    (0..rows).rev().step_by(rows.div_ceil(most.max(1)).max(1))
 }
 
 /// Values of stored numbers.
 pub(super) fn values_of(element: Element, bits: &[u16]) -> Vec<f64> {
-    bits.iter().map(|bits| element.value(*bits)).collect()
+    bits.iter().map(|bits| from_bits(element, *bits)).collect()
 }
 
 /// The nearest e4m3 number, ties to even; beyond the range the largest, 448.
@@ -116,6 +137,15 @@ mod tests {
         assert_eq!(from_e4m3(to_e4m3(2f64.powi(-9) * 2.5)), 2f64.powi(-8));
         assert_eq!(from_e4m3(to_e4m3(2f64.powi(-11))), 0.0);
         assert!(from_e4m3(to_e4m3(f64::NAN)).is_nan());
+    }
+
+    #[test]
+    fn long_inputs_repeat_and_long_outputs_are_sampled() {
+        let stored = Stored::random(&mut Random::new(1), Element::BF16, PERIOD + 10, 1.0);
+        assert_eq!(stored.values(PERIOD..PERIOD + 10), stored.values(0..10));
+        assert_eq!(compared(3, 8).collect::<Vec<_>>(), [2, 1, 0]);
+        assert_eq!(compared(10, 4).collect::<Vec<_>>(), [9, 6, 3, 0]);
+        assert_eq!(compared(0, 4).count(), 0);
     }
 
     #[test]

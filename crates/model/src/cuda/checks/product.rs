@@ -1,6 +1,6 @@
 //! Matrix products as the GPU's library computes them.
 
-use super::numbers::{Stored, difference, values_of};
+use super::numbers::{Stored, compared, difference, tolerance, values_of};
 use super::{Check, Checker, Report, Size};
 use crate::cpu::random::Random;
 use crate::cuda::gpu::{Format, Gpu, GpuError, Memory, Product, Span};
@@ -60,24 +60,38 @@ impl<G: Gpu> Checker<'_, G> {
             true => self.download::<f32>(out.span())?.into_iter().map(f64::from).collect(),
             false => values_of(element, &self.download::<u16>(out.span())?),
         };
-        // Rows of a large product are compared here and there.
-        let mut error: f64 = 0.0;
-        for row in (0..rows).step_by(rows.div_ceil(4)) {
-            let x = &x.values[row * inputs..(row + 1) * inputs];
-            let dot = |weights: &[f64]| x.iter().zip(weights).map(|(x, weight)| x * weight).sum::<f64>();
-            let sums = weights.values.chunks_exact(inputs).map(dot);
-            let bias = bias.values.iter().map(|bias| if wide { 0.0 } else { *bias });
-            let wanted: Vec<f64> = sums.zip(bias).map(|(sum, bias)| sum + bias).collect();
-            error = error.max(difference(&found[row * outputs..(row + 1) * outputs], &wanted));
-        }
+        let error = product_error(&found, &x, &weights, (!wide).then_some(&bias), [rows, inputs, outputs]);
         Ok(Check {
             kernel: "matrix product",
             case: format!("{element:?} to {out_format:?}, {rows} x {inputs} x {outputs}"),
             error,
-            tolerance: if wide { 1e-4 } else { element.tolerance() },
+            tolerance: if wide { 1e-4 } else { tolerance(element) },
             bytes: ((rows * inputs + outputs * inputs) * 2 + rows * outputs * out_format.bytes()) as u64,
             flops: 2 * (rows * inputs * outputs) as u64,
             seconds,
         })
     }
+}
+
+/// The largest difference of some rows of `x * weights^T + bias`.
+fn product_error(
+    found: &[f64],
+    x: &Stored,
+    weights: &Stored,
+    bias: Option<&Stored>,
+    [rows, inputs, outputs]: [usize; 3],
+) -> f64 {
+    let rows: Vec<usize> = compared(rows, 4).collect();
+    let left: Vec<_> = rows.iter().map(|row| x.values(row * inputs..(row + 1) * inputs)).collect();
+    let mut wanted = vec![Vec::with_capacity(outputs); rows.len()];
+    for output in 0..outputs {
+        let weights = weights.values(output * inputs..(output + 1) * inputs);
+        let shift = bias.map_or(0.0, |bias| bias.values(output..output + 1)[0]);
+        for (wanted, left) in wanted.iter_mut().zip(&left) {
+            wanted.push(left.iter().zip(&weights).map(|(x, weight)| x * weight).sum::<f64>() + shift);
+        }
+    }
+    let of_row =
+        |(row, wanted): (&usize, &Vec<f64>)| difference(&found[row * outputs..(row + 1) * outputs], wanted);
+    rows.iter().zip(&wanted).map(of_row).fold(0.0, f64::max)
 }

@@ -1,6 +1,8 @@
 //! Norms of heads, rotation, and the write to the KV cache.
 
-use super::numbers::{Stored, difference, exactly, from_e4m3, to_e4m3, values_of};
+use super::numbers::{
+    Stored, compared, difference, exactly, from_bits, from_e4m3, to_e4m3, tolerance, values_of,
+};
 use super::{Check, Checker, Report, Shape, Size};
 use crate::cpu::random::Random;
 use crate::cuda::gpu::{Gpu, GpuError, Memory};
@@ -95,14 +97,14 @@ impl Case {
     }
 
     /// One head of one token, before anything is done to it.
-    fn head(&self, token: usize, head: usize) -> &[f64] {
+    fn head(&self, token: usize, head: usize) -> Vec<f64> {
         let dim = self.shape.head_dim as usize;
         let row = (self.heads + 2 * self.kv_heads) * dim;
-        &self.qkv.values[token * row + head * dim..][..dim]
+        let first = token * row + head * dim;
+        self.qkv.values(first..first + dim)
     }
 
-    fn norm_and_rotate(&self, x: &[f64], weight: &[f32], position: u32) -> Vec<f64> {
-        let mut x = x.to_vec();
+    fn norm_and_rotate(&self, mut x: Vec<f64>, weight: &[f32], position: u32) -> Vec<f64> {
         if self.norms {
             let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
             let scale = 1.0 / (mean + f64::from(EPS)).sqrt();
@@ -166,7 +168,7 @@ impl<G: Gpu> Checker<'_, G> {
                 if case.norms { ", head norms" } else { "" }
             ),
             error,
-            tolerance: shape.element.tolerance(),
+            tolerance: tolerance(shape.element),
             bytes: (tokens * (row * 2 + case.heads * shape.head_dim as usize * 2 + kv_bytes)) as u64,
             flops: 0,
             seconds,
@@ -175,16 +177,16 @@ impl<G: Gpu> Checker<'_, G> {
 }
 
 fn query_error(case: &Case, found: &[u16]) -> f64 {
-    let padding = case.heads * case.shape.head_dim as usize;
-    let mut wanted = Vec::new();
-    for token in 1..case.tokens {
-        for head in 0..case.heads {
-            let x = case.head(token, head);
-            wanted.extend(case.norm_and_rotate(x, &case.query_norm, case.positions[token]));
-        }
+    let row = case.heads * case.shape.head_dim as usize;
+    let mut error = exactly(found[..row].iter().all(|bits| *bits == u16::MAX));
+    for token in compared(case.tokens - 1, 256).map(|token| token + 1) {
+        let rotated =
+            |head| case.norm_and_rotate(case.head(token, head), &case.query_norm, case.positions[token]);
+        let wanted: Vec<f64> = (0..case.heads).flat_map(rotated).collect();
+        let found = values_of(case.shape.element, &found[token * row..(token + 1) * row]);
+        error = error.max(difference(&found, &wanted));
     }
-    let untouched = found[..padding].iter().all(|bits| *bits == u16::MAX);
-    exactly(untouched).max(difference(&values_of(case.shape.element, &found[padding..]), &wanted))
+    error
 }
 
 /// Keys within rounding, values exactly, and nothing else touched.
@@ -205,7 +207,7 @@ fn cache_error(case: &Case, found: &[u8]) -> f64 {
                         stored,
                         &case.norm_and_rotate(x, &case.key_norm, case.positions[token]),
                     ),
-                    _ => value_error(case, stored, x),
+                    _ => value_error(case, stored, &x),
                 });
             }
         }
@@ -243,5 +245,5 @@ fn value_error(case: &Case, stored: &[u8], wanted: &[f64]) -> f64 {
 
 fn wide(case: &Case, stored: &[u8]) -> Vec<f64> {
     let numbers = stored.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
-    numbers.map(|bits| case.shape.element.value(bits)).collect()
+    numbers.map(|bits| from_bits(case.shape.element, bits)).collect()
 }

@@ -1,6 +1,6 @@
 //! Embedding, row gather, block copies, norms and the gate.
 
-use super::numbers::{Stored, difference, exactly, values_of};
+use super::numbers::{Stored, compared, difference, exactly, from_bits, to_bits, tolerance, values_of};
 use super::{Check, Checker, Report, Shape, Size};
 use crate::cpu::random::Random;
 use crate::cuda::gpu::{Gpu, GpuError, Memory};
@@ -9,6 +9,9 @@ use crate::cuda::launch::{CopyBlocks, Embed, GatherRows, Kernels, RmsNorm};
 
 const PLAIN: Shape =
     Shape { element: Element::BF16, kv: KvElement::Same, head_dim: 64, group: 1, block_size: 16 };
+
+/// Numbers of an output that are compared, in whole rows.
+const COMPARED: usize = 4 << 20;
 
 /// Copies have to be exact, so their error is 0 or infinite.
 ///
@@ -206,31 +209,31 @@ impl<G: Gpu> Checker<'_, G> {
             true => kernels.add_rms_norm(self.gpu, &self.stream, delta_memory.span(), call),
         };
         launch()?;
-        let found = values_of(element, &self.download::<u16>(out.span())?);
-        let residual = values_of(element, &self.download::<u16>(x_memory.span())?);
+        let found: Vec<u16> = self.download(out.span())?;
+        let residual: Vec<u16> = self.download(x_memory.span())?;
         let seconds = self.time(launch)?;
 
-        let wanted_residual: Vec<f64> = match adds {
-            false => x.values,
-            // Rounded as it is stored; the norm is of the rounded sum.
-            true => {
-                let sums = x.values.iter().zip(&delta.values).map(|(x, delta)| (x + delta) as f32);
-                sums.map(|sum| element.value(element.bits(f64::from(sum)))).collect()
+        let mut error: f64 = 0.0;
+        for row in compared(rows, COMPARED / hidden) {
+            let range = row * hidden..(row + 1) * hidden;
+            let mut wanted = x.values(range.clone());
+            if adds {
+                // Rounded as it is stored; the norm is of the rounded sum.
+                for (x, delta) in wanted.iter_mut().zip(delta.values(range.clone())) {
+                    *x = from_bits(element, to_bits(element, f64::from((*x + delta) as f32)));
+                }
             }
-        };
-        let mut error = exactly(residual == wanted_residual);
-        for (row, found) in wanted_residual.chunks_exact(hidden).zip(found.chunks_exact(hidden)) {
-            let mean = row.iter().map(|x| x * x).sum::<f64>() / hidden as f64;
+            error = error.max(exactly(values_of(element, &residual[range.clone()]) == wanted));
+            let mean = wanted.iter().map(|x| x * x).sum::<f64>() / hidden as f64;
             let scale = 1.0 / (mean + f64::from(EPS)).sqrt();
-            let wanted: Vec<f64> =
-                row.iter().zip(&weight).map(|(x, weight)| x * scale * f64::from(*weight)).collect();
-            error = error.max(difference(found, &wanted));
+            wanted.iter_mut().zip(&weight).for_each(|(x, weight)| *x *= scale * f64::from(*weight));
+            error = error.max(difference(&values_of(element, &found[range]), &wanted));
         }
         Ok(Check {
             kernel: if adds { "add_rms_norm" } else { "rms_norm" },
             case: format!("{element:?}, {rows} rows of {hidden}"),
             error,
-            tolerance: element.tolerance(),
+            tolerance: tolerance(element),
             bytes: (rows * hidden * if adds { 8 } else { 4 }) as u64,
             flops: 0,
             seconds,
@@ -266,25 +269,27 @@ impl<G: Gpu> Checker<'_, G> {
         let mut random = Random::new(inner as u64);
         let mut gate_up = Stored::random(&mut random, element, rows * 2 * inner, 12.0);
         // Where e^-x overflows an f32, and where it vanishes.
-        for (at, extreme) in [(0, -120.0), (1, 120.0)] {
-            gate_up.bits[at] = element.bits(extreme);
-            gate_up.values[at] = element.value(gate_up.bits[at]);
-        }
+        gate_up.set(0, -120.0);
+        gate_up.set(1, 120.0);
         let memory = self.upload(&gate_up.bits)?;
         let out = self.poisoned(rows * inner * 2)?;
         let launch = || kernels.silu_mul(self.gpu, &self.stream, memory.span(), out.span(), rows, inner);
         let seconds = self.run(launch)?;
-        let found = values_of(element, &self.download::<u16>(out.span())?);
-        let row = |row: &[f64]| -> Vec<f64> {
-            let (gate, up) = row.split_at(inner);
-            gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
-        };
-        let wanted: Vec<f64> = gate_up.values.chunks_exact(2 * inner).flat_map(row).collect();
+        let found: Vec<u16> = self.download(out.span())?;
+        let mut error: f64 = 0.0;
+        for row in compared(rows, COMPARED / inner) {
+            let both = gate_up.values(row * 2 * inner..(row + 1) * 2 * inner);
+            let (gate, up) = both.split_at(inner);
+            let product = |(gate, up): (&f64, &f64)| gate / (1.0 + (-gate).exp()) * up;
+            let wanted: Vec<f64> = gate.iter().zip(up).map(product).collect();
+            let found = values_of(element, &found[row * inner..(row + 1) * inner]);
+            error = error.max(difference(&found, &wanted));
+        }
         Ok(Check {
             kernel: "silu_mul",
             case: format!("{element:?}, {rows} rows of {inner}"),
-            error: difference(&found, &wanted),
-            tolerance: element.tolerance(),
+            error,
+            tolerance: tolerance(element),
             bytes: (rows * inner * 6) as u64,
             flops: 0,
             seconds,
