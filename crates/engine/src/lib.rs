@@ -27,8 +27,8 @@ pub use engine::{
 pub use fake_runner::FakeRunner;
 pub use request::{FinishReason, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
 pub use runner::{
-    Draw, History, LogitsRow, ModelRunner, RowOutput, RunnerError, SequenceId, Step, StepOutput,
-    StepSequence, TokenLogprobs, Want,
+    Draw, FromLast, History, LogitsRow, ModelRunner, RowOutput, RunnerError, SequenceId, Step, StepOutput,
+    StepSequence, Submitted, TokenLogprobs, Want,
 };
 
 #[cfg(test)]

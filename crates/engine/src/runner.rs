@@ -30,6 +30,18 @@ pub struct Step {
     pub copies: Vec<(BlockId, BlockId)>,
     /// Rows whose logits are wanted, in ascending order of `row`.
     pub rows: Vec<LogitsRow>,
+    /// Tokens that nobody knows yet: the step before this one, which is still under way, chooses them.
+    /// Empty for runners that compute one step at a time.
+    pub from_last: Vec<FromLast>,
+}
+
+/// An input token that is an answer of the step submitted just before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FromLast {
+    /// Index into [`Step::tokens`], where a 0 stands for it.
+    pub token: usize,
+    /// Index into the other step's [`Step::rows`].
+    pub answer: usize,
 }
 
 impl Step {
@@ -42,6 +54,7 @@ impl Step {
         self.sequences.clear();
         self.copies.clear();
         self.rows.clear();
+        self.from_last.clear();
     }
 }
 
@@ -136,8 +149,20 @@ pub enum RunnerError {
     Fatal(String),
 }
 
+/// What became of a step that was submitted.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Submitted {
+    /// It is computed; there is nothing to collect.
+    Done(StepOutput),
+    /// [`ModelRunner::collect`] will give its answers.
+    UnderWay,
+}
+
 /// Computes steps. Implementations own weights, KV memory and sampler; the engine owns everything
 /// that decides what is computed when.
+///
+/// A runner that computes one step at a time has [`ModelRunner::run`] and nothing else. One whose device works by
+/// itself can take the next step while it does: it says how many, and is given them by `submit`.
 pub trait ModelRunner {
     /// Computes `step`: writes keys and values of its tokens to their slots and answers every row.
     ///
@@ -145,10 +170,44 @@ pub trait ModelRunner {
     /// [`RunnerError::Step`] if this step failed and later ones may succeed; the content of the
     /// slots it named is then undefined. [`RunnerError::Fatal`] if no later step can.
     fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError>;
+
+    /// Steps that may be submitted and not yet collected, 1 or 2. With 2, [`Step::from_last`] may name answers of
+    /// the step before; steps are computed in the order in which they are submitted.
+    fn steps_at_once(&self) -> usize {
+        1
+    }
+
+    /// Takes a step. Whether it succeeds may show only when it is collected.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::run`]; nothing is to be collected then.
+    fn submit(&mut self, step: &Step) -> Result<Submitted, RunnerError> {
+        self.run(step).map(Submitted::Done)
+    }
+
+    /// Waits for the step that was submitted first of those under way.
+    ///
+    /// # Errors
+    /// As [`ModelRunner::run`].
+    fn collect(&mut self) -> Result<StepOutput, RunnerError> {
+        Err(RunnerError::Step("no step is under way".into()))
+    }
 }
 
 impl<R: ModelRunner + ?Sized> ModelRunner for Box<R> {
     fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
         (**self).run(step)
+    }
+
+    fn steps_at_once(&self) -> usize {
+        (**self).steps_at_once()
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<Submitted, RunnerError> {
+        (**self).submit(step)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, RunnerError> {
+        (**self).collect()
     }
 }

@@ -1,16 +1,12 @@
 //! The decoder of the Llama family, written in [`Ops`]: Llama, Mistral, Qwen 2 and Qwen 3 differ
 //! only in which biases, norms and windows they have.
 
-use servelab_engine::{LogitsRow, RunnerError, Step, StepOutput};
+use servelab_engine::{RunnerError, Step, StepOutput};
 
-use crate::config::{ModelConfig, WeightDtype};
+use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::ops::Ops;
+use crate::ops::{Ops, Pass};
 use crate::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, projections};
-
-/// Most rows whose logits are computed at once; a step that wants more takes several passes. Bounds
-/// the logits to 64 rows of the vocabulary.
-const LOGITS_ROWS: usize = 64;
 
 /// The weights of a model on a device, and the buffers of a step.
 pub struct Decoder<O: Ops> {
@@ -56,15 +52,15 @@ struct Buffers<O: Ops> {
     gate_up: O::Buffer,
     /// `[T, inner]`
     activated: O::Buffer,
-    /// `[LOGITS_ROWS, hidden]`
+    /// `[logits_rows, hidden]`
     picked: O::Buffer,
-    /// `[LOGITS_ROWS, vocabulary]`
+    /// `[logits_rows, vocabulary]`
     logits: O::Buffer,
 }
 
 impl<O: Ops> Buffers<O> {
     fn new(ops: &mut O, config: &ModelConfig, tokens: usize) -> Result<Self, ModelError> {
-        let picked = LOGITS_ROWS.min(tokens);
+        let picked = ops.logits_rows().min(tokens);
         Ok(Self {
             hidden: ops.buffer(tokens, config.hidden_size)?,
             delta: ops.buffer(tokens, config.hidden_size)?,
@@ -75,22 +71,22 @@ impl<O: Ops> Buffers<O> {
             gate_up: ops.buffer(tokens, 2 * config.intermediate_size)?,
             activated: ops.buffer(tokens, config.intermediate_size)?,
             picked: ops.buffer(picked, config.hidden_size)?,
-            logits: ops.buffer(picked, config.vocab_size)?,
+            logits: ops.logits_buffer(picked, config.vocab_size)?,
         })
     }
 }
 
-/// f32 numbers that the buffers of a decoder hold for steps of up to `tokens` tokens.
-pub fn activation_values(config: &ModelConfig, tokens: usize) -> u64 {
+/// Numbers that the buffers of a decoder hold for steps of up to `tokens` tokens and `logits_rows` rows of logits
+/// at once.
+pub fn activation_values(config: &ModelConfig, tokens: usize, logits_rows: usize) -> u64 {
     let per_token =
         3 * config.hidden_size + config.qkv_width() + 2 * config.query_width() + 3 * config.intermediate_size;
     let per_row = config.hidden_size + config.vocab_size;
-    tokens as u64 * per_token as u64 + LOGITS_ROWS.min(tokens) as u64 * per_row as u64
+    tokens as u64 * per_token as u64 + logits_rows.min(tokens) as u64 * per_row as u64
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Moves the weights to the device in the format `dtype` and makes buffers for steps of up to
-    /// `max_batched_tokens` tokens.
+    /// Moves the weights to the device and makes buffers for steps of up to `max_batched_tokens` tokens.
     ///
     /// # Errors
     /// What [`Weights::tensor`] and the device's memory can fail with.
@@ -98,10 +94,9 @@ impl<O: Ops> Decoder<O> {
         ops: &mut O,
         config: &ModelConfig,
         weights: &Weights,
-        dtype: WeightDtype,
         max_batched_tokens: usize,
     ) -> Result<Self, ModelError> {
-        let mut loader = Loader { ops, config, weights, dtype };
+        let mut loader = Loader { ops, config, weights };
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.table(EMBEDDING, table)?;
         let layers = (0..config.num_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
@@ -114,71 +109,59 @@ impl<O: Ops> Decoder<O> {
         Ok(Self { config: config.clone(), embedding, layers, final_norm, head, buffers })
     }
 
-    /// Computes one step: embed, layers, final norm, logits of the rows asked for.
+    /// Computes one step and waits for it.
     ///
     /// # Errors
     /// [`RunnerError::Step`] if the step is malformed or its logits hold no usable number.
     pub fn run(&mut self, ops: &mut O, step: &Step) -> Result<StepOutput, RunnerError> {
-        ops.begin(step)?;
+        let passes = Pass::split(&step.rows, ops.logits_rows());
+        ops.begin(step, &passes)?;
         if step.tokens.is_empty() {
             return Ok(StepOutput::default());
         }
-        ops.embed(&self.embedding, step, &mut self.buffers.hidden);
+        self.compute(ops, step, &passes)?;
+        ops.answers()
+    }
+
+    /// What comes after [`Ops::begin`]: embed, layers, final norm, logits of the rows asked for, answers.
+    ///
+    /// # Errors
+    /// Those of the operations.
+    pub fn compute(&mut self, ops: &mut O, step: &Step, passes: &[Pass]) -> Result<(), RunnerError> {
+        ops.embed(&self.embedding, step, &mut self.buffers.hidden)?;
         for index in 0..self.layers.len() {
-            self.layer(ops, index, step);
+            self.layer(ops, index, step)?;
         }
         let eps = self.config.rms_norm_eps;
         let b = &mut self.buffers;
-        ops.add_rms_norm(&mut b.hidden, &b.delta, &self.final_norm, eps, &mut b.normed);
-        self.answer(ops, &step.rows)
+        ops.add_rms_norm(&mut b.hidden, &b.delta, &self.final_norm, eps, &mut b.normed)?;
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        for (index, pass) in passes.iter().enumerate() {
+            ops.gather_rows(&b.normed, index, pass, &mut b.picked)?;
+            ops.linear(head, &b.picked, &mut b.logits)?;
+            ops.sample(&b.logits, step, index, pass)?;
+        }
+        Ok(())
     }
 
-    fn layer(&mut self, ops: &mut O, index: usize, step: &Step) {
+    fn layer(&mut self, ops: &mut O, index: usize, step: &Step) -> Result<(), RunnerError> {
         let (layer, b) = (&self.layers[index], &mut self.buffers);
         let eps = self.config.rms_norm_eps;
         if index == 0 {
-            ops.rms_norm(&b.hidden, &layer.attention_norm, eps, &mut b.normed);
+            ops.rms_norm(&b.hidden, &layer.attention_norm, eps, &mut b.normed)?;
         } else {
-            ops.add_rms_norm(&mut b.hidden, &b.delta, &layer.attention_norm, eps, &mut b.normed);
+            ops.add_rms_norm(&mut b.hidden, &b.delta, &layer.attention_norm, eps, &mut b.normed)?;
         }
-        ops.linear(&layer.qkv, &b.normed, &mut b.qkv);
+        ops.linear(&layer.qkv, &b.normed, &mut b.qkv)?;
         let norms = layer.head_norms.as_ref().map(|(query, key)| (query, key));
-        ops.rope_and_cache(index, &b.qkv, norms, eps, &mut b.queries);
-        ops.attention(index, self.config.windows[index], step, &b.queries, &mut b.attended);
-        ops.linear(&layer.output, &b.attended, &mut b.delta);
+        ops.rope_and_cache(index, &b.qkv, norms, eps, &mut b.queries)?;
+        ops.attention(index, self.config.windows[index], step, &b.queries, &mut b.attended)?;
+        ops.linear(&layer.output, &b.attended, &mut b.delta)?;
 
-        ops.add_rms_norm(&mut b.hidden, &b.delta, &layer.mlp_norm, eps, &mut b.normed);
-        ops.linear(&layer.gate_up, &b.normed, &mut b.gate_up);
-        ops.silu_mul(&b.gate_up, &mut b.activated);
-        ops.linear(&layer.down, &b.activated, &mut b.delta);
-    }
-
-    /// Logits and samples of the rows that are wanted, each row's logits once however often it is
-    /// wanted.
-    fn answer(&mut self, ops: &mut O, rows: &[LogitsRow]) -> Result<StepOutput, RunnerError> {
-        let mut output = StepOutput { rows: Vec::with_capacity(rows.len()) };
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let b = &mut self.buffers;
-        let (mut picked, mut wants) = (Vec::with_capacity(LOGITS_ROWS), Vec::new());
-        let mut rest = rows;
-        while !rest.is_empty() {
-            picked.clear();
-            wants.clear();
-            while let Some((want, tail)) = rest.split_first() {
-                if picked.last() != Some(&want.row) {
-                    if picked.len() == LOGITS_ROWS {
-                        break;
-                    }
-                    picked.push(want.row);
-                }
-                wants.push((picked.len() - 1, want));
-                rest = tail;
-            }
-            ops.gather_rows(&b.normed, &picked, &mut b.picked);
-            ops.linear(head, &b.picked, &mut b.logits);
-            ops.sample(&b.logits, &wants, &mut output.rows)?;
-        }
-        Ok(output)
+        ops.add_rms_norm(&mut b.hidden, &b.delta, &layer.mlp_norm, eps, &mut b.normed)?;
+        ops.linear(&layer.gate_up, &b.normed, &mut b.gate_up)?;
+        ops.silu_mul(&b.gate_up, &mut b.activated)?;
+        ops.linear(&layer.down, &b.activated, &mut b.delta)
     }
 }
 
@@ -187,7 +170,6 @@ struct Loader<'a, O: Ops> {
     ops: &'a mut O,
     config: &'a ModelConfig,
     weights: &'a Weights,
-    dtype: WeightDtype,
 }
 
 impl<O: Ops> Loader<'_, O> {
@@ -223,8 +205,7 @@ impl<O: Ops> Loader<'_, O> {
         let mut bias: Option<Vec<f32>> = None;
         for (part, outputs, inputs, has_bias) in parts {
             let name = format!("model.layers.{layer}.{part}");
-            let tensor = self.weights.tensor(&format!("{name}.weight"), &[*outputs, *inputs])?;
-            tensors.push(tensor.convert(self.dtype));
+            tensors.push(self.weights.tensor(&format!("{name}.weight"), &[*outputs, *inputs])?);
             if *has_bias {
                 let values = self.weights.tensor(&format!("{name}.bias"), &[*outputs])?.to_f32();
                 bias.get_or_insert_default().extend(values);
@@ -234,8 +215,7 @@ impl<O: Ops> Loader<'_, O> {
     }
 
     fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<O::Matrix, ModelError> {
-        let tensor = self.weights.tensor(name, &shape)?.convert(self.dtype);
-        self.ops.matrix(vec![tensor], None)
+        self.ops.table(self.weights.tensor(name, &shape)?)
     }
 
     fn vector(&mut self, name: &str, width: usize) -> Result<O::Vector, ModelError> {

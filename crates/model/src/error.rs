@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 
+use crate::cuda::driver::OpenError;
+use crate::cuda::gpu::GpuError;
+use crate::cuda::plan::NoRoom;
+
 /// Why a model could not be found, read or prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -54,6 +58,12 @@ pub enum ModelError {
          a narrower dtype"
     )]
     OutOfMemory { needed_bytes: u64, free_bytes: u64 },
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    #[error(transparent)]
+    NoGpu(#[from] OpenError),
+    #[error(transparent)]
+    NoPool(#[from] NoRoom),
     #[error("candle: {0}")]
     Candle(#[from] candle_core::Error),
     #[error("the warm-up step failed: {0}")]

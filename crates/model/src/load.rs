@@ -8,7 +8,7 @@ use servelab_engine::{BlockId, ModelRunner, SequenceId, Step, StepSequence};
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, WeightDtype};
 use crate::cpu::KvDtype;
-use crate::cpu::runner::{CpuOptions, CpuRunner, kv_bytes_per_block};
+use crate::cpu::runner::{CpuOptions, CpuRunner, LOGITS_ROWS, kv_bytes_per_block};
 use crate::decoder::activation_values;
 use crate::dummy::DummyWeights;
 use crate::error::ModelError;
@@ -185,7 +185,7 @@ impl Prepared {
                 let memory = MemoryReport {
                     weight_bytes: runner.weight_bytes(),
                     kv_cache_bytes: runner.kv_cache_bytes(),
-                    activation_bytes: 4 * activation_values(config, cpu.max_batched_tokens),
+                    activation_bytes: 4 * activation_values(config, cpu.max_batched_tokens, LOGITS_ROWS),
                 };
                 Ok((Box::new(runner), memory))
             }

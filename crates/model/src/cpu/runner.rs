@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
-use servelab_engine::{LogitsRow, ModelRunner, RowOutput, RunnerError, Step, StepOutput};
+use servelab_engine::{ModelRunner, RowOutput, RunnerError, Step, StepOutput};
 
 use super::attention::{Attention, paged_attention};
 use super::elementwise::{self, RopeTable};
@@ -16,7 +16,7 @@ use super::matmul::{PackedMatrix, WeightRows};
 use crate::config::{ModelConfig, WeightDtype};
 use crate::decoder::Decoder;
 use crate::error::ModelError;
-use crate::ops::Ops;
+use crate::ops::{Ops, Pass, StepLimits};
 use crate::rope::Rope;
 use crate::sampler::Sampler;
 use crate::weights::{TensorData, Weights};
@@ -49,8 +49,8 @@ impl CpuRunner {
         dtype: WeightDtype,
         options: CpuOptions,
     ) -> Result<Self, ModelError> {
-        let mut ops = CpuOps::new(config, options);
-        let decoder = Decoder::load(&mut ops, config, weights, dtype, options.max_batched_tokens)?;
+        let mut ops = CpuOps::new(config, dtype, options);
+        let decoder = Decoder::load(&mut ops, config, weights, options.max_batched_tokens)?;
         Ok(Self { ops, decoder })
     }
 
@@ -141,12 +141,15 @@ pub struct CpuOps {
     /// Row of each token in `cos` and `sin`.
     angle_rows: Vec<u32>,
     slots: Vec<u32>,
+    /// Format in which weights are kept.
+    dtype: WeightDtype,
     weight_bytes: u64,
     samplers: Mutex<Vec<Sampler>>,
+    answers: Vec<RowOutput>,
 }
 
 impl CpuOps {
-    fn new(config: &ModelConfig, options: CpuOptions) -> Self {
+    fn new(config: &ModelConfig, dtype: WeightDtype, options: CpuOptions) -> Self {
         let threads = match options.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -170,42 +173,25 @@ impl CpuOps {
             sin: angles,
             angle_rows: (0..options.max_batched_tokens as u32).collect(),
             slots: Vec::with_capacity(options.max_batched_tokens),
+            dtype,
             weight_bytes: 0,
             samplers: Mutex::default(),
+            answers: Vec::new(),
         }
     }
 
-    /// The kernels index by what a step says: nothing of it may point outside.
-    fn check(&self, step: &Step) -> Result<(), RunnerError> {
-        let (tokens, vocab) = (step.tokens.len(), self.vocab_size);
-        let (blocks, block_size) = (self.cache.num_blocks(), self.cache.block_size());
-        if tokens > self.max_batched_tokens {
-            return Err(RunnerError::Step(format!(
-                "a step of {tokens} tokens; the runner was built for {}",
-                self.max_batched_tokens
-            )));
+    fn limits(&self) -> StepLimits {
+        StepLimits {
+            tokens: self.max_batched_tokens,
+            vocabulary: self.vocab_size,
+            blocks: self.cache.num_blocks(),
+            block_size: self.cache.block_size(),
         }
-        if let Some(token) = step.tokens.iter().find(|token| **token as usize >= vocab) {
-            return Err(RunnerError::Step(format!("token {token} is not in the vocabulary of {vocab}")));
-        }
-        let slots_fit = step.slots.iter().all(|slot| (*slot as usize) < blocks * block_size);
-        let copies_fit = step.copies.iter().all(|(from, to)| (from.0.max(to.0) as usize) < blocks);
-        let rows_fit = step.rows.iter().all(|row| row.row < tokens);
-        let lengths_fit = step.slots.len() == tokens && step.positions.len() == tokens;
-        let sequences_fit = step.sequences.iter().all(|sequence| {
-            let (context, held) = (sequence.context_len as usize, sequence.blocks.len() * block_size);
-            let table = step.blocks.get(sequence.blocks.clone());
-            let inputs = step.positions.get(sequence.tokens.clone());
-            table.is_some_and(|table| table.iter().all(|block| (block.0 as usize) < blocks))
-                && inputs.is_some_and(|p| p.len() <= context && p.iter().all(|p| (*p as usize) < context))
-                && context <= held
-        });
-        if slots_fit && copies_fit && rows_fit && lengths_fit && sequences_fit {
-            return Ok(());
-        }
-        Err(RunnerError::Step("the step names slots, blocks or rows that do not exist".to_owned()))
     }
 }
+
+/// Most rows whose logits are computed at once: bounds the logits to 64 rows of the vocabulary.
+pub const LOGITS_ROWS: usize = 64;
 
 impl Ops for CpuOps {
     type Buffer = Activations;
@@ -214,11 +200,16 @@ impl Ops for CpuOps {
 
     fn matrix(&mut self, parts: Vec<TensorData<'_>>, bias: Option<Vec<f32>>) -> Result<Linear, ModelError> {
         let inputs = parts.first().map_or(1, TensorData::columns);
+        let parts: Vec<_> = parts.into_iter().map(|part| part.convert(self.dtype)).collect();
         let aligned: Vec<Aligned<'_>> = parts.iter().map(Aligned::new).collect();
         let rows: Vec<WeightRows<'_>> = aligned.iter().map(Aligned::rows).collect();
         let matrix = PackedMatrix::pack(&self.kernels, &rows, inputs);
         self.weight_bytes += matrix.bytes() as u64;
         Ok(Linear { matrix, bias })
+    }
+
+    fn table(&mut self, tensor: TensorData<'_>) -> Result<Linear, ModelError> {
+        self.matrix(vec![tensor], None)
     }
 
     fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
@@ -230,8 +221,17 @@ impl Ops for CpuOps {
         Ok(Activations { data: vec![0.0; rows * width], width, rows: 0 })
     }
 
-    fn begin(&mut self, step: &Step) -> Result<(), RunnerError> {
-        self.check(step)?;
+    fn logits_buffer(&mut self, rows: usize, width: usize) -> Result<Activations, ModelError> {
+        self.buffer(rows, width)
+    }
+
+    fn logits_rows(&self) -> usize {
+        LOGITS_ROWS
+    }
+
+    fn begin(&mut self, step: &Step, _: &[Pass]) -> Result<(), RunnerError> {
+        self.limits().check(step)?;
+        self.answers.clear();
         for (from, to) in &step.copies {
             self.cache.copy_block(*from, *to);
         }
@@ -244,16 +244,24 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn embed(&mut self, table: &Linear, step: &Step, out: &mut Activations) {
+    fn embed(&mut self, table: &Linear, step: &Step, out: &mut Activations) -> Result<(), RunnerError> {
         let width = out.width;
         let rows = out.resize(step.tokens.len()).chunks_exact_mut(width);
         for (token, row) in step.tokens.iter().zip(rows) {
             table.matrix.copy_row(*token as usize, row);
         }
+        Ok(())
     }
 
-    fn rms_norm(&mut self, x: &Activations, weight: &Vec<f32>, eps: f32, out: &mut Activations) {
+    fn rms_norm(
+        &mut self,
+        x: &Activations,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Activations,
+    ) -> Result<(), RunnerError> {
         elementwise::rms_norm(&self.kernels, x.filled(), weight, eps, out.resize(x.rows));
+        Ok(())
     }
 
     fn add_rms_norm(
@@ -263,14 +271,16 @@ impl Ops for CpuOps {
         weight: &Vec<f32>,
         eps: f32,
         out: &mut Activations,
-    ) {
+    ) -> Result<(), RunnerError> {
         let out = out.resize(x.rows);
         elementwise::add_rms_norm(&self.kernels, x.resize(x.rows), delta.filled(), weight, eps, out);
+        Ok(())
     }
 
-    fn linear(&mut self, linear: &Linear, x: &Activations, out: &mut Activations) {
+    fn linear(&mut self, linear: &Linear, x: &Activations, out: &mut Activations) -> Result<(), RunnerError> {
         let out = out.resize(x.rows);
         linear.matrix.matmul(&self.kernels, x.filled(), x.rows, linear.bias.as_deref(), out);
+        Ok(())
     }
 
     fn rope_and_cache(
@@ -280,7 +290,7 @@ impl Ops for CpuOps {
         norms: Option<(&Vec<f32>, &Vec<f32>)>,
         eps: f32,
         queries: &mut Activations,
-    ) {
+    ) -> Result<(), RunnerError> {
         let rows = QkvRows {
             qkv: qkv.filled(),
             heads: self.heads,
@@ -292,6 +302,7 @@ impl Ops for CpuOps {
             norm_eps: eps,
         };
         rope_and_cache(&self.kernels, &rows, &mut self.cache, layer, queries.resize(qkv.rows));
+        Ok(())
     }
 
     fn attention(
@@ -301,7 +312,7 @@ impl Ops for CpuOps {
         step: &Step,
         queries: &Activations,
         out: &mut Activations,
-    ) {
+    ) -> Result<(), RunnerError> {
         let attention = Attention {
             heads: self.heads,
             scale: 1.0 / (self.cache.head_dim() as f32).sqrt(),
@@ -310,26 +321,37 @@ impl Ops for CpuOps {
         };
         let out = out.resize(queries.rows);
         paged_attention(&self.kernels, attention, queries.filled(), step, &self.cache, layer, out);
+        Ok(())
     }
 
-    fn silu_mul(&mut self, gate_up: &Activations, out: &mut Activations) {
+    fn silu_mul(&mut self, gate_up: &Activations, out: &mut Activations) -> Result<(), RunnerError> {
         let width = out.width;
         elementwise::silu_mul(&self.kernels, gate_up.filled(), width, out.resize(gate_up.rows));
+        Ok(())
     }
 
-    fn gather_rows(&mut self, x: &Activations, rows: &[usize], out: &mut Activations) {
-        let width = out.width;
+    fn gather_rows(
+        &mut self,
+        x: &Activations,
+        _: usize,
+        pass: &Pass,
+        out: &mut Activations,
+    ) -> Result<(), RunnerError> {
+        let (rows, width) = (&pass.rows, out.width);
         for (row, out) in rows.iter().zip(out.resize(rows.len()).chunks_exact_mut(width)) {
             out.copy_from_slice(&x.data[row * width..(row + 1) * width]);
         }
+        Ok(())
     }
 
     fn sample(
         &mut self,
         logits: &Activations,
-        wants: &[(usize, &LogitsRow)],
-        out: &mut Vec<RowOutput>,
+        step: &Step,
+        _: usize,
+        pass: &Pass,
     ) -> Result<(), RunnerError> {
+        let wants: Vec<_> = pass.wants(step).collect();
         let answers: Vec<Mutex<Option<Result<RowOutput, RunnerError>>>> =
             wants.iter().map(|_| Mutex::new(None)).collect();
         self.kernels.pool().run(wants.len(), &|index| {
@@ -341,9 +363,13 @@ impl Ops for CpuOps {
         });
         for answer in answers {
             let answer = answer.into_inner().unwrap_or_else(PoisonError::into_inner);
-            out.push(answer.expect("every row was answered")?);
+            self.answers.push(answer.expect("every row was answered")?);
         }
         Ok(())
+    }
+
+    fn answers(&mut self) -> Result<StepOutput, RunnerError> {
+        Ok(StepOutput { rows: std::mem::take(&mut self.answers) })
     }
 }
 

@@ -79,6 +79,13 @@ impl Draws {
         self.scratch_rows = 0;
     }
 
+    /// Moves the changes that all draws refer to: they stand behind `by` others.
+    pub fn shift_changes(&mut self, by: u32) {
+        for draw in &mut self.draws {
+            draw.changes = draw.changes.map(|at| at + by);
+        }
+    }
+
     /// Adds what is wanted of row `row` of the logits.
     ///
     /// # Errors

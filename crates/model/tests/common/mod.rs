@@ -165,8 +165,8 @@ pub fn prompt_step(prompt: &[u32], rows: Vec<LogitsRow>) -> Step {
             blocks: 0..tokens.div_ceil(BLOCK) as usize,
             context_len: tokens,
         }],
-        copies: Vec::new(),
         rows,
+        ..Step::default()
     }
 }
 
