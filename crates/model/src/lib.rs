@@ -1,8 +1,9 @@
-//! Checkpoints, the decoder, its operations on the CPU, and the sampler. The only home of unsafe code.
+//! Checkpoints, the decoder, its operations on the CPU and on NVIDIA GPUs, and the sampler. The only home of
+//! unsafe code.
 //!
 //! A model is loaded in two stages: [`Prepared::open`] finds and checks the files, so that the caller
 //! can size the KV cache ([`Prepared::kv_bytes_per_block`]), and [`Prepared::into_runner`] builds what
-//! the engine drives.
+//! the engine drives. On a GPU ([`Prepared::into_cuda_runner`]) the cache takes what memory is left.
 
 pub mod checkpoint;
 pub mod config;
@@ -25,5 +26,8 @@ pub mod weights;
 pub use config::{Architecture, ModelConfig, WeightDtype};
 pub use cpu::KvDtype;
 pub use error::ModelError;
-pub use load::{EngineKind, LoadTimings, LoadedModel, MemoryReport, OpenOptions, Prepared, RunnerOptions};
+pub use load::{
+    CudaRunnerOptions, EngineKind, LoadTimings, LoadedCuda, LoadedModel, MemoryReport, OpenOptions, PoolSize,
+    Prepared, Progress, RunnerOptions,
+};
 pub use source::{DummyShape, LoadFormat, ModelSource, TextFiles};

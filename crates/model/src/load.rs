@@ -1,6 +1,7 @@
 //! From a source to a runner, in two stages: what the configuration says first, so that the caller
 //! can size the KV cache, then the weights.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use servelab_engine::{BlockId, ModelRunner, SequenceId, Step, StepSequence};
@@ -9,6 +10,12 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, WeightDtype};
 use crate::cpu::KvDtype;
 use crate::cpu::runner::{CpuOptions, CpuRunner, LOGITS_ROWS, kv_bytes_per_block};
+use crate::cuda::driver::CudaGpu;
+use crate::cuda::gpu::{Gpu, GpuError};
+use crate::cuda::kernels::{Element, KvElement};
+use crate::cuda::ops::{CudaOptions, specialisation};
+use crate::cuda::plan::PoolPlan;
+use crate::cuda::runner::{CudaModel, Ways};
 use crate::decoder::activation_values;
 use crate::dummy::DummyWeights;
 use crate::error::ModelError;
@@ -55,6 +62,46 @@ pub struct RunnerOptions {
     pub kv_dtype: KvDtype,
 }
 
+/// How a model is put on a GPU, decided once the configuration is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CudaRunnerOptions {
+    /// Tokens per block: 16, 32 or 64.
+    pub block_size: u32,
+    /// Longest sequence in tokens.
+    pub max_model_len: u32,
+    /// Most tokens of one step.
+    pub max_batched_tokens: u32,
+    /// Most sequences of one step.
+    pub max_running: u32,
+    /// Keys and values in 8 bits.
+    pub fp8_kv: bool,
+    /// The layers' weights in 8 bits.
+    pub fp8_weights: bool,
+    pub pool: PoolSize,
+    pub ways: Ways,
+}
+
+/// How large the KV pool of a GPU is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum PoolSize {
+    /// What is left of this share of the GPU's memory.
+    Utilization(f64),
+    Blocks(u32),
+    Bytes(u64),
+}
+
+/// A model on a GPU.
+pub struct LoadedCuda {
+    pub model: LoadedModel,
+    pub pool: PoolPlan,
+    /// Such as `bf16` or `fp8`.
+    pub weight_dtype: &'static str,
+    pub kv_dtype: &'static str,
+}
+
+/// Told how many bytes of the weights are on the GPU, and how many there are.
+pub type Progress = Box<dyn FnMut(u64, u64) + Send>;
+
 /// Bytes of memory by purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryReport {
@@ -70,10 +117,15 @@ pub struct MemoryReport {
 pub struct LoadTimings {
     /// Finding (or downloading) and mapping the files and checking their headers.
     pub read: Duration,
+    /// Compiling kernels for the GPU, or finding them compiled.
+    pub compile: Duration,
     /// Reading the weights, and converting and packing them for the device.
     pub convert: Duration,
-    /// A first step over one token and one over the largest batch.
+    /// First steps: over one token and over the largest batch; on a GPU over every size for which products are
+    /// chosen.
     pub warm_up: Duration,
+    /// Making the KV pool of a GPU and recording its decode steps.
+    pub record: Duration,
 }
 
 /// A model whose files were found, read as far as the headers and checked.
@@ -163,8 +215,81 @@ impl Prepared {
         for tokens in [1, options.max_batched_tokens] {
             warm_up(runner.as_mut(), tokens, options)?;
         }
-        let timings = LoadTimings { read: self.read, convert, warm_up: start.elapsed() };
+        let timings =
+            LoadTimings { read: self.read, convert, warm_up: start.elapsed(), ..LoadTimings::default() };
         Ok(LoadedModel { runner, config: self.config, text: self.text, memory, timings })
+    }
+
+    /// How the model is computed on a GPU. f32 weights become bf16.
+    ///
+    /// # Errors
+    /// [`ModelError::Option`] if f32 was asked for; [`ModelError::Gpu`] if there are no kernels for this model or
+    /// this GPU.
+    pub fn cuda_options<G: Gpu>(
+        &self,
+        gpu: &G,
+        options: &CudaRunnerOptions,
+    ) -> Result<CudaOptions, ModelError> {
+        let element = match (self.dtype, self.given_dtype) {
+            (WeightDtype::F16, _) => Element::F16,
+            (WeightDtype::BF16, _) | (WeightDtype::F32, None) => Element::BF16,
+            (WeightDtype::F32, Some(_)) => {
+                let rule = "bf16, f16 or fp8 on a GPU".to_owned();
+                return Err(ModelError::Option { option: "--dtype", value: "f32".to_owned(), rule });
+            }
+        };
+        let cuda = CudaOptions {
+            element,
+            fp8_weights: options.fp8_weights,
+            kv: if options.fp8_kv { KvElement::E4M3 } else { KvElement::Same },
+            block_size: options.block_size,
+            max_batched_tokens: options.max_batched_tokens as usize,
+            max_sequences: options.max_running as usize,
+            max_model_len: options.max_model_len,
+        };
+        specialisation(gpu, &self.config, &cuda)?;
+        Ok(cuda)
+    }
+
+    /// Compiles the kernels, brings the weights to the GPU, tries all sizes, gives the rest of the memory to the KV
+    /// pool and records the decode steps.
+    ///
+    /// # Errors
+    /// As [`Prepared::cuda_options`], and what can be missing or not fit.
+    pub fn into_cuda_runner(
+        self,
+        gpu: Arc<CudaGpu>,
+        options: &CudaRunnerOptions,
+        progress: Progress,
+    ) -> Result<LoadedCuda, ModelError> {
+        let cuda = self.cuda_options(&*gpu, options)?;
+        if self.dtype == WeightDtype::F32 {
+            tracing::warn!("the weights are stored in f32; on the GPU they are kept in bf16");
+        }
+        let start = Instant::now();
+        gpu.prepare(&specialisation(&*gpu, &self.config, &cuda)?.modules())?;
+        let compile = start.elapsed();
+
+        let start = Instant::now();
+        let mut model = CudaModel::load(Arc::clone(&gpu), &self.config, &self.weights, cuda, progress)?;
+        let convert = start.elapsed();
+
+        let start = Instant::now();
+        model.try_all_sizes(options.ways)?;
+        gpu.keep_algorithms();
+        let warm_up = start.elapsed();
+
+        let start = Instant::now();
+        let pool = pool(&model, options)?;
+        let (weight_bytes, activation_bytes) = (model.weight_bytes(), model.activation_bytes());
+        let runner = model.into_runner(pool.blocks as usize, options.ways)?;
+        let timings = LoadTimings { read: self.read, compile, convert, warm_up, record: start.elapsed() };
+        let memory = MemoryReport { weight_bytes, kv_cache_bytes: pool.pool_bytes, activation_bytes };
+        let model =
+            LoadedModel { runner: Box::new(runner), config: self.config, text: self.text, memory, timings };
+        let weight_dtype = if options.fp8_weights { "fp8" } else { cuda.element.dtype().name() };
+        let kv_dtype = if options.fp8_kv { "fp8" } else { cuda.element.dtype().name() };
+        Ok(LoadedCuda { model, pool, weight_dtype, kv_dtype })
     }
 
     fn build(
@@ -200,6 +325,23 @@ impl Prepared {
                     activation_bytes: 0,
                 };
                 Ok((Box::new(runner), memory))
+            }
+        }
+    }
+}
+
+fn pool<G: Gpu>(model: &CudaModel<G>, options: &CudaRunnerOptions) -> Result<PoolPlan, ModelError> {
+    match options.pool {
+        PoolSize::Utilization(share) => Ok(model.pool_demand(share, options.ways)?.plan()?),
+        PoolSize::Blocks(blocks) => Ok(model.pool_demand(1.0, options.ways)?.of_blocks(blocks)),
+        PoolSize::Bytes(bytes) => {
+            let demand = model.pool_demand(1.0, options.ways)?;
+            match u32::try_from(bytes / demand.block_bytes).unwrap_or(u32::MAX) {
+                0 => Err(ModelError::Gpu(GpuError::Refused {
+                    what: format!("--kv-memory of {bytes} bytes"),
+                    reason: format!("a block takes {}", demand.block_bytes),
+                })),
+                blocks => Ok(demand.of_blocks(blocks)),
             }
         }
     }

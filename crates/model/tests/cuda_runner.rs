@@ -78,7 +78,7 @@ fn cuda(
     blocks: usize,
 ) -> Option<CudaRunner<Emulator>> {
     let emulator = Arc::new(Emulator::or_skip("the CUDA runner", 5)?);
-    let model = CudaModel::load(emulator, config, &weights(), options).unwrap();
+    let model = CudaModel::load(emulator, config, &weights(), options, Box::new(|_, _| ())).unwrap();
     Some(model.into_runner(blocks, ways).unwrap())
 }
 
@@ -404,7 +404,14 @@ fn the_pool_is_planned_from_what_a_trial_leaves_free() {
     let Some(emulator) = Emulator::or_skip("the memory plan", 5) else { return };
     let ways = Ways::default();
     let emulator = Arc::new(emulator);
-    let mut model = CudaModel::load(Arc::clone(&emulator), &config, &weights(), options()).unwrap();
+    let (told, heard) = std::sync::mpsc::channel();
+    let progress = Box::new(move |done, total| told.send((done, total)).unwrap());
+    let mut model = CudaModel::load(Arc::clone(&emulator), &config, &weights(), options(), progress).unwrap();
+    let told: Vec<(u64, u64)> = heard.iter().collect();
+    assert!(told.is_sorted() && told.len() == 2 + 4 * 2, "{told:?}");
+    // Norms do not count.
+    let (done, total) = told[told.len() - 1];
+    assert!(done < total && done as f64 > 0.99 * total as f64, "{told:?}");
     let before = gpu::Gpu::free_bytes(&*emulator).unwrap();
     model.try_all_sizes(ways).unwrap();
     assert_eq!(gpu::Gpu::free_bytes(&*emulator).unwrap(), before, "the trial's pool is gone");

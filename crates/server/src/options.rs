@@ -71,16 +71,20 @@ pub struct LoadedModel {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LoadTimes {
     pub read: Duration,
+    pub compile: Duration,
     pub convert: Duration,
     pub warm_up: Duration,
+    pub record: Duration,
 }
 
 impl LoadTimes {
     pub fn of(&self, stage: LoadStage) -> Duration {
         match stage {
             LoadStage::Read => self.read,
+            LoadStage::Compile => self.compile,
             LoadStage::Convert => self.convert,
             LoadStage::WarmUp => self.warm_up,
+            LoadStage::Record => self.record,
         }
     }
 }

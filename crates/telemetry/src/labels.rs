@@ -71,10 +71,14 @@ label! {
     LoadStage("stage") {
         /// Fetching and reading the checkpoint's files.
         Read = "read",
-        /// Converting and packing the weights, allocating the KV cache.
+        /// Compiling kernels, on a GPU.
+        Compile = "compile",
+        /// Converting and packing the weights or bringing them to the GPU, allocating the KV cache.
         Convert = "convert",
-        /// Running the largest step once.
+        /// Running the largest step once, and on a GPU others too.
         WarmUp = "warm_up",
+        /// Making the KV cache and recording steps, on a GPU.
+        Record = "record",
     }
 }
 

@@ -22,6 +22,7 @@ use super::upload::{Limits, PackedStep, Packing, SampleLaunch, StepSize};
 use super::words::bytes_of;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::load::Progress;
 use crate::ops::{Ops, Pass, StepLimits};
 use crate::rope::Rope;
 use crate::weights::TensorData;
@@ -78,6 +79,9 @@ pub struct CudaOps<G: Gpu> {
     scales: KvScales,
     /// While weights are loaded.
     transfer: Option<Transfer<G>>,
+    progress: Option<Progress>,
+    /// Of all weights, 16 bits each, as they cross the bus.
+    transfer_bytes: u64,
     narrow: Option<Narrow<G>>,
     sampling: Sampling<G>,
     pool: Option<Pool<G>>,
@@ -267,6 +271,8 @@ impl<G: Gpu> CudaOps<G> {
             amplitude: rope.amplitude,
             scales: KvScales::default(),
             transfer,
+            progress: None,
+            transfer_bytes: 2 * config.num_parameters(),
             narrow,
             sampling,
             pool: None,
@@ -326,8 +332,13 @@ impl<G: Gpu> CudaOps<G> {
     /// [`GpuError::Lost`].
     pub fn loaded(&mut self) -> Result<(), GpuError> {
         self.gpu.synchronise(&self.stream)?;
-        self.transfer = None;
+        (self.transfer, self.progress) = (None, None);
         Ok(())
+    }
+
+    /// Has somebody told how far the weights are.
+    pub fn watch(&mut self, progress: Progress) {
+        self.progress = Some(progress);
     }
 
     /// Bytes of everything in a pool of `blocks` blocks but the blocks.
@@ -546,6 +557,9 @@ impl<G: Gpu> CudaOps<G> {
             let to = to.part(start..start + bytes);
             transfer.put(&self.gpu, &self.stream, part, self.options.element, to)?;
             start += bytes;
+        }
+        if let Some(progress) = &mut self.progress {
+            progress(transfer.bytes, self.transfer_bytes);
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ use super::upload::StepSize;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
 use crate::error::ModelError;
+use crate::load::Progress;
 use crate::ops::{Ops, Pass};
 use crate::weights::Weights;
 
@@ -60,8 +61,10 @@ impl<G: Gpu> CudaModel<G> {
         config: &ModelConfig,
         weights: &Weights,
         options: CudaOptions,
+        progress: Progress,
     ) -> Result<Self, ModelError> {
         let mut ops = CudaOps::new(gpu, config, options)?;
+        ops.watch(progress);
         let decoder = Decoder::load(&mut ops, config, weights, options.max_batched_tokens)?;
         ops.loaded()?;
         Ok(Self { ops, decoder, graph_bytes: 0 })
