@@ -397,6 +397,14 @@ impl<G: Gpu> Checker<'_, G> {
         let mut repeats = found == again && arrived.iter().all(|count| *count == 0);
         // Where room is short, splits depend on the batch.
         repeats &= most_items < usize::MAX || first == found[..batch.width()];
+        // Recorded with the one sequence and replayed with all of them: grid and arguments stay, the work differs.
+        let graph = self.gpu.capture(&self.stream, &mut || launch(&alone, &alone_count))?;
+        self.gpu.copy(&self.stream, all.span(), alone.span())?;
+        self.gpu.copy(&self.stream, all_count.span(), alone_count.span())?;
+        self.gpu.fill(&self.stream, device.out.span(), 0xff)?;
+        self.gpu.replay(&self.stream, &graph)?;
+        let replayed: Vec<u16> = self.download(device.out.span())?;
+        repeats &= replayed == found;
         let seconds = self.time(|| launch(&all, &all_count))?;
         Ok(batch.check("decode_attention", batch.error(&found).max(exactly(repeats)), seconds))
     }

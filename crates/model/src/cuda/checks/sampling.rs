@@ -24,13 +24,17 @@ pub fn sampling<G: Gpu>(gpu: &G, size: Size, report: Report<'_>) -> Result<(), G
     let kernels = Kernels::load(gpu, checker.specialisation(PLAIN))?;
     let vocabularies: &[usize] = match size {
         Size::Small => &[1, 3, 50, 1003],
-        Size::Full => &[1, 3, 1003, 50_257, 151_936],
+        Size::Full => &[1, 3, 1003, 20_000, 50_257, 151_936],
     };
     for vocabulary in vocabularies {
         for kind in [Logits::Usual, Logits::Coarse, Logits::Flat, Logits::Extreme] {
             report(checker.sample(&kernels, *vocabulary, kind)?);
         }
         report(checker.broken_rows(&kernels, *vocabulary)?);
+    }
+    if size == Size::Small {
+        // Long enough that every thread goes round more than once.
+        report(checker.sample(&kernels, 20_000, Logits::Usual)?);
     }
     if size == Size::Full {
         for (name, params) in timed() {

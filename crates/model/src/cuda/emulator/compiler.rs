@@ -59,6 +59,9 @@ impl Compiler {
     }
 
     fn probe() -> Result<Self, String> {
+        if !cfg!(target_os = "linux") {
+            return Err("the emulator is written for Linux".to_owned());
+        }
         let program = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
         let output = Command::new(&program).arg("--version").output();
         let output = output.map_err(|error| format!("no C++ compiler: {program}: {error}"))?;
@@ -66,7 +69,9 @@ impl Compiler {
         let mut compiler = Self { program, version, checks: &[] };
         let source = "int probe(int* at) { return *at; }";
         for checks in CHECKS {
-            if compiler.object("probe", source, checks).is_ok() {
+            let Ok(object) = compiler.object("probe", source, checks) else { continue };
+            // Some compilers take flags that they do not know.
+            if checks.is_empty() || calls(&object, "__asan_load4_noabort") {
                 compiler.checks = checks;
                 return Ok(compiler);
             }
@@ -137,6 +142,12 @@ impl Compiler {
         std::fs::rename(&own, &done).map_err(|error| error.to_string())?;
         Ok(done)
     }
+}
+
+/// Whether an object file names a function.
+fn calls(object: &Path, function: &str) -> bool {
+    let bytes = std::fs::read(object).unwrap_or_default();
+    bytes.windows(function.len()).any(|window| window == function.as_bytes())
 }
 
 /// Where compiled files are kept: below the target folder.

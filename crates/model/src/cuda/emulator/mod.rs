@@ -72,7 +72,8 @@ impl Emulator {
             Ok(emulator) => Some(emulator),
             Err(reason) => {
                 // Not `eprintln`: what a test prints is shown only if it fails.
-                let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
+                let line = format!("\nSKIPPED {test}: {reason}\n");
+                let _ = std::io::stderr().write_all(line.as_bytes());
                 None
             }
         }
