@@ -7,6 +7,8 @@ mod util;
 
 /// Chat, completions, models, tokenize: what comes back for a well-formed request.
 mod api;
+/// The load generator: its files, its exit codes, an interrupt.
+mod bench;
 /// The command line: settings, the configuration file, exit codes, logs, the address taken.
 mod command_line;
 /// The same answer alone, among others, with a warm cache, after a preemption.

@@ -58,10 +58,12 @@ impl Live {
         state.peak_in_flight = state.peak_in_flight.max(state.in_flight);
     }
 
-    /// A request that had been sent ended; `None`: it was given up, and counts neither as completed nor as failed.
-    pub fn ended(&self, now: Duration, completed: Option<bool>) {
+    /// A request that had been sent ended, `late` before this was noticed; `None`: it was given up, and counts
+    /// neither as completed nor as failed.
+    pub fn ended(&self, now: Duration, late: Duration, completed: Option<bool>) {
         let mut state = self.state();
         state.advance(now);
+        state.integral_seconds -= late.as_secs_f64();
         state.in_flight = state.in_flight.saturating_sub(1);
         match completed {
             Some(true) => state.completed += 1,
@@ -124,11 +126,11 @@ mod tests {
         let at = Duration::from_secs;
         live.sent(at(0));
         live.sent(at(2));
-        live.ended(at(4), Some(true));
-        live.ended(at(8), None);
+        live.ended(at(4), Duration::ZERO, Some(true));
+        live.ended(at(9), at(1), None);
         let view = live.view();
-        // 2 s of one, 2 s of two, 4 s of one.
-        assert!((view.mean_in_flight - 10.0 / 8.0).abs() < 1e-12, "{view:?}");
+        // 2 s of one, 2 s of two, 4 s of one, and one of none.
+        assert!((view.mean_in_flight - 10.0 / 9.0).abs() < 1e-12, "{view:?}");
         assert_eq!(
             (view.sent, view.completed, view.failed, view.in_flight, view.peak_in_flight),
             (2, 1, 0, 0, 2)

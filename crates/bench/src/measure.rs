@@ -560,7 +560,7 @@ mod tests {
         steps.sort_by(|a, b| a.0.total_cmp(&b.0));
         for (at, sent) in steps {
             let at = Duration::from_secs_f64(at);
-            if sent { honest.sent(at) } else { honest.ended(at, Some(true)) }
+            if sent { honest.sent(at) } else { honest.ended(at, Duration::ZERO, Some(true)) }
         }
         let mut log = log(records, honest.view());
         let law = littles_law(&log);

@@ -374,7 +374,7 @@ impl<'a, R: ModelRunner, T: Time> Loop<'a, R, T> {
 
     fn ended(&mut self, active: Active, now: Duration, outcome: Result<(), String>) {
         let Active { mut record, mut conversation, prompt_tokens, cached_tokens, .. } = active;
-        self.live.ended(now, Some(outcome.is_ok()));
+        self.live.ended(now, Duration::ZERO, Some(outcome.is_ok()));
         record.end_seconds = now.as_secs_f64();
         let completion_tokens = record.chunks;
         record.usage =
@@ -408,7 +408,7 @@ impl<'a, R: ModelRunner, T: Time> Loop<'a, R, T> {
         let now = self.target.time.now();
         for (id, active) in std::mem::take(&mut self.active) {
             self.target.engine.abort(id);
-            self.live.ended(now, None);
+            self.live.ended(now, Duration::ZERO, None);
             self.keep(RequestRecord {
                 end_seconds: now.as_secs_f64(),
                 outcome: Outcome::Cut,

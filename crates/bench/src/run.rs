@@ -76,6 +76,20 @@ struct Prepared {
     first: Outgoing,
 }
 
+/// When a request is to be sent.
+#[derive(Clone, Copy, Debug)]
+enum Due {
+    At(Duration),
+    /// A client that does not think sends as soon as it can: no clock says when, and its request cannot be late.
+    WhenReady,
+}
+
+impl Due {
+    fn after(now: Duration, think_time: Duration) -> Self {
+        if think_time.is_zero() { Self::WhenReady } else { Self::At(now + think_time) }
+    }
+}
+
 /// A request's number and phase.
 type Ticket = (u64, Phase);
 
@@ -189,10 +203,12 @@ async fn closed_loop(
     for _ in 0..concurrency {
         let (shared, queue) = (shared.clone(), queue.clone());
         clients.spawn(async move {
-            let (mut timer, mut due) = (Timer::default(), Duration::ZERO);
+            let (mut timer, mut due) = (Timer::default(), Due::WhenReady);
             while let Some(prepared) = take(&shared, &queue).await {
-                let Some(next) = shared.converse(prepared, due, None, &mut timer, None).await else { return };
-                due = next + think_time;
+                let Some(pause) = shared.converse(prepared, due, None, &mut timer, None).await else {
+                    return;
+                };
+                due = Due::after(shared.client.clock().now(), think_time.max(pause));
             }
         });
     }
@@ -243,7 +259,13 @@ async fn open_loop(
         shared.in_flight.fetch_add(1, Ordering::Relaxed);
         requests.spawn(async move {
             shared
-                .converse(prepared, scheduled, Some(ticket), &mut Timer::default(), places.as_deref())
+                .converse(
+                    prepared,
+                    Due::At(scheduled),
+                    Some(ticket),
+                    &mut Timer::default(),
+                    places.as_deref(),
+                )
                 .await;
             shared.in_flight.fetch_sub(1, Ordering::Relaxed);
         });
@@ -271,21 +293,24 @@ impl Shared {
         }
     }
 
-    /// Sends the turns of a job one after the other, the first at `due`. Returns when the client can begin another
-    /// one; `None` if the run is over.
+    /// Sends the turns of a job one after the other, the first at `due`. Returns how long the client has to wait
+    /// before it begins another one; `None` if the run is over.
     async fn converse(
         &self,
         prepared: Prepared,
-        mut due: Duration,
+        mut due: Due,
         mut ticket: Option<Ticket>,
         timer: &mut Timer,
         places: Option<&Semaphore>,
     ) -> Option<Duration> {
         let Prepared { number, job, first } = prepared;
+        let clock = self.client.clock();
         let mut first = Some(first);
         let mut answers = Vec::new();
         for at in 0..job.turns.len() {
-            due += job.turns[at].think;
+            if at > 0 {
+                due = Due::after(clock.now(), job.turns[at].think);
+            }
             let outgoing = match first.take() {
                 Some(outgoing) => outgoing,
                 None => {
@@ -293,15 +318,12 @@ impl Shared {
                     Outgoing { keep_text: at + 1 < job.turns.len(), ..outgoing }
                 }
             };
-            tokio::select! {
-                () = timer.until(self.client.clock().instant(due)) => {}
-                () = self.over.cancelled() => return None,
-            }
+            let scheduled = self.wait(due, timer).await?;
             let (index, phase) = match ticket.take() {
                 Some(ticket) => ticket,
-                None => self.lock_phases().next(due)?,
+                None => self.lock_phases().next(scheduled)?,
             };
-            let mut record = blank(index, phase, due);
+            let mut record = blank(index, phase, scheduled);
             record.turn = (job.turns.len() > 1).then_some((number, at as u32));
             record.wanted_input_tokens = job.turns[..=at].iter().map(|turn| turn.content.tokens()).sum();
             record.wanted_output_tokens = outgoing.output_tokens;
@@ -316,18 +338,27 @@ impl Shared {
                 },
             };
             if place.is_some() {
-                record.due_seconds = self.client.clock().now().max(due).as_secs_f64();
+                record.due_seconds = clock.now().max(scheduled).as_secs_f64();
             }
-            let (outcome, text) = self.request(&outgoing, due, record).await;
+            let (outcome, text) = self.request(&outgoing, scheduled, record).await;
             drop(place);
-            due = self.client.clock().now();
             match outcome {
                 Outcome::Completed => answers.push(text),
-                Outcome::Failed { .. } => return Some(due + PAUSE_AFTER_FAILURE),
+                Outcome::Failed { .. } => return Some(PAUSE_AFTER_FAILURE),
                 Outcome::Cut => return None,
             }
         }
-        Some(due)
+        Some(Duration::ZERO)
+    }
+
+    /// Waits until a request is due, and says when that was. `None` if the run is over before.
+    async fn wait(&self, due: Due, timer: &mut Timer) -> Option<Duration> {
+        let clock = self.client.clock();
+        let Due::At(scheduled) = due else { return Some(clock.now()) };
+        tokio::select! {
+            () = timer.until(clock.instant(scheduled)) => Some(scheduled),
+            () = self.over.cancelled() => None,
+        }
     }
 
     /// Sends one request and keeps its record.
@@ -351,9 +382,10 @@ impl Shared {
             Outcome::Failed { .. } => Some(false),
             Outcome::Cut => None,
         };
-        self.live.ended(now, completed);
+        let end = observed.end.filter(|_| outcome == Outcome::Completed).unwrap_or(now);
+        self.live.ended(now, now.saturating_sub(end), completed);
         let text = std::mem::take(&mut observed.text);
-        self.keep(fill(RequestRecord { outcome: outcome.clone(), ..record }, observed, now));
+        self.keep(fill(RequestRecord { outcome: outcome.clone(), ..record }, observed, end));
         (outcome, text)
     }
 
@@ -417,9 +449,8 @@ pub(crate) fn blank(index: u64, phase: Phase, scheduled: Duration) -> RequestRec
     }
 }
 
-fn fill(record: RequestRecord, observed: Observed, now: Duration) -> RequestRecord {
+fn fill(record: RequestRecord, observed: Observed, end: Duration) -> RequestRecord {
     let seconds = |at: Option<Duration>| at.map(|at| at.as_secs_f64());
-    let end = observed.end.filter(|_| record.outcome == Outcome::Completed).unwrap_or(now);
     RequestRecord {
         sent_seconds: seconds(observed.sent),
         connect_seconds: seconds(observed.connect),

@@ -103,6 +103,26 @@ pub struct Measured {
     pub search: Option<Search>,
 }
 
+/// Whether a load kept the SLO, and by how much.
+enum Judgement {
+    Kept(String),
+    Broken(String),
+    /// It would have been kept, had the client sent in time.
+    ClientLate(String),
+}
+
+impl Judgement {
+    fn of(slo: &Slo, records: &[RequestRecord]) -> Self {
+        let ended = |record: &&RequestRecord| record.is_completed() || record.is_failed();
+        let measured = records.iter().filter(|record| record.phase == Phase::Measured).filter(ended);
+        match slo.judge(measured.clone()) {
+            Ok(room) => Self::Kept(room),
+            Err(broken) if slo.is_kept_without_lag(measured) => Self::ClientLate(broken),
+            Err(broken) => Self::Broken(broken),
+        }
+    }
+}
+
 /// Runs a benchmark. Records go to `records` as soon as their repeat has ended.
 pub struct Session<'a, T> {
     pub target: T,
@@ -180,15 +200,19 @@ impl<T: Target> Session<'_, T> {
             let Some(arrivals) = arrivals.at_rate(rate) else { break "these arrivals have no rate".into() };
             let (point, judged) =
                 self.point(points.len(), &LoadShape::Open { arrivals, max_concurrency }).await?;
-            let bound = point.repeats.iter().find_map(|repeat| repeat.client.bound.clone());
             points.push(point);
             if self.stop.is_cancelled() {
                 break "it was stopped".into();
             }
-            let (kept, reason) = judged.map_or_else(|reason| (false, reason), |reason| (true, reason));
-            if let (Some(bound), false) = (&bound, kept) {
-                break format!("the client could not follow at {rate:.4} req/s: {bound}");
-            }
+            let (kept, reason) = match judged {
+                Judgement::Kept(reason) => (true, reason),
+                Judgement::Broken(reason) => (false, reason),
+                Judgement::ClientLate(reason) => {
+                    break format!(
+                        "the client, and not the server, broke the SLO at {rate:.4} req/s by sending late: {reason}"
+                    );
+                }
+            };
             state.tell(rate, kept);
             let trial = Trial { rate, point: points.len() - 1, kept, reason };
             self.observer.judged(&trial);
@@ -205,11 +229,7 @@ impl<T: Target> Session<'_, T> {
     }
 
     /// All repeats of one load, and whether each of them kept the SLO.
-    async fn point(
-        &mut self,
-        number: usize,
-        shape: &LoadShape,
-    ) -> io::Result<(Point, Result<String, String>)> {
+    async fn point(&mut self, number: usize, shape: &LoadShape) -> io::Result<(Point, Judgement)> {
         let load = describe(shape);
         let plan = RunPlan {
             shape: shape.clone(),
@@ -219,7 +239,7 @@ impl<T: Target> Session<'_, T> {
         };
         let mut repeats = Vec::new();
         let mut pooled = Tally::default();
-        let mut judged = Ok(String::new());
+        let mut judged = Judgement::Kept(String::new());
         for number_of_repeat in 1..=self.settings.repeats {
             if number_of_repeat > 1 || number > 0 {
                 tokio::time::sleep(SETTLE).await;
@@ -229,12 +249,8 @@ impl<T: Target> Session<'_, T> {
             let (repeat, tally, records) = self.repeat(number_of_repeat, &plan, live).await;
             self.observer.ended(&load, &repeat);
             self.keep(number, number_of_repeat, records.iter())?;
-            if let (Some(slo), Ok(_)) = (&self.settings.slo, &judged) {
-                judged = slo.judge(
-                    records
-                        .iter()
-                        .filter(|r| r.phase == Phase::Measured && (r.is_completed() || r.is_failed())),
-                );
+            if let (Some(slo), Judgement::Kept(_)) = (&self.settings.slo, &judged) {
+                judged = Judgement::of(slo, &records);
             }
             let goes_on = repeat.metrics.completed > 0 && !repeat.interrupted;
             pooled.merge(tally);

@@ -78,10 +78,15 @@ impl SloLimit {
     /// Whether a request kept it. One that failed did not; an answer of one token has no time between tokens, and
     /// counts as 0 as at vLLM.
     pub fn is_kept_by(&self, record: &RequestRecord) -> bool {
+        self.is_kept_without(record, 0.0)
+    }
+
+    /// Whether it would have been kept, had the client sent the request `lag` seconds earlier.
+    fn is_kept_without(&self, record: &RequestRecord, lag: f64) -> bool {
         let seconds = match self.metric {
-            SloMetric::Ttft => record.ttft_seconds(),
+            SloMetric::Ttft => record.ttft_seconds().map(|seconds| seconds - lag),
             SloMetric::Tpot => record.tpot_seconds().or(Some(0.0)),
-            SloMetric::E2el => record.e2el_seconds(),
+            SloMetric::E2el => record.e2el_seconds().map(|seconds| seconds - lag),
         };
         record.is_completed() && seconds.is_some_and(|seconds| seconds * 1000.0 <= self.limit_ms)
     }
@@ -91,6 +96,17 @@ impl Slo {
     /// Whether a request kept every limit: what counts into goodput.
     pub fn is_kept_by(&self, record: &RequestRecord) -> bool {
         self.limits.iter().all(|limit| limit.is_kept_by(record))
+    }
+
+    /// Whether the requests together would have kept it, had the client not been late.
+    pub fn is_kept_without_lag<'a>(&self, ended: impl Iterator<Item = &'a RequestRecord> + Clone) -> bool {
+        let total = ended.clone().count() as f64;
+        self.limits.iter().all(|limit| {
+            let good = ended.clone().filter(|record| {
+                limit.is_kept_without(record, record.send_lag_seconds().unwrap_or_default())
+            });
+            100.0 * good.count() as f64 >= limit.percentile * total
+        })
     }
 
     /// Whether the requests together kept it: of each limit, at least its percentile of them. In words, what was
@@ -181,5 +197,19 @@ mod tests {
             "a failure counts against it"
         );
         assert!(slo.judge([].iter()).is_err());
+    }
+
+    #[test]
+    fn what_a_late_client_broke_is_told_apart() {
+        let slo = Slo { limits: vec!["ttft=100ms@p50".parse().unwrap()] };
+        let sent_after = |lag: f64| {
+            let mut record = record(0.15, 0.0, false);
+            record.sent_seconds = Some(1.0 + lag);
+            [record]
+        };
+        assert!(
+            slo.judge(sent_after(0.06).iter()).is_err() && slo.is_kept_without_lag(sent_after(0.06).iter())
+        );
+        assert!(!slo.is_kept_without_lag(sent_after(0.04).iter()));
     }
 }

@@ -9,6 +9,8 @@ use crate::result::{
 
 /// Columns of the text.
 const WIDTH: usize = 100;
+/// Faults shown: most often every repeat has the same.
+const MAX_FAULTS: usize = 3;
 
 /// The whole text, with the definitions of its words.
 pub fn text(result: &BenchResult) -> String {
@@ -99,15 +101,15 @@ fn single(point: &Point) -> String {
     }
     out += &wrapped("Requests  ", &format!("{completed} in {:.2} s", metrics.duration_seconds));
     let with = |key: &str, value: f64, unit: &str| match point.intervals.get(key) {
-        Some(interval) => format!("{} {unit} (+/- {})", number(value), number(interval.half_width)),
+        Some(interval) => format!("{} +/- {} {unit}", number(value), number(interval.half_width)),
         None => format!("{} {unit}", number(value)),
     };
     let rates = [
         with("request_throughput", metrics.request_throughput, "req/s"),
-        with("output_throughput", metrics.output_throughput, "output tokens/s"),
-        with("total_token_throughput", metrics.total_token_throughput, "tokens/s in and out"),
+        with("output_throughput", metrics.output_throughput, "output tok/s"),
+        with("total_token_throughput", metrics.total_token_throughput, "tok/s in all"),
     ];
-    out += &wrapped("Throughput", &rates.join("   "));
+    out += &wrapped("Throughput", &rates.join("; "));
     out += &wrapped(
         "In flight ",
         &format!("{} on average, {} at most", number(metrics.mean_in_flight), metrics.peak_in_flight),
@@ -255,16 +257,13 @@ fn limits(point: &Point) -> String {
     let Some(limits) = &point.limits else { return String::new() };
     let mut out = format!("\nLimits of {} on {}, {}\n", limits.model, limits.hardware, point.load);
     for row in &limits.rows {
-        let share = if row.is_floor { row.limit / row.measured } else { row.measured / row.limit };
+        let (bound, distance) = match row.is_floor {
+            true => ("at least", format!("{} x the floor", number(row.measured / row.limit))),
+            false => ("at most", format!("{:.1} % of the ceiling", 100.0 * row.measured / row.limit)),
+        };
         let flag = if row.beaten { "  FASTER THAN PHYSICS" } else { "" };
-        let bound = if row.is_floor { "at least" } else { "at most" };
-        let text = format!(
-            "measured {}, {bound} {} ({:.1} % of the limit){flag}: {}",
-            number(row.measured),
-            number(row.limit),
-            100.0 * share,
-            row.because
-        );
+        let (measured, limit) = (number(row.measured), number(row.limit));
+        let text = format!("measured {measured}, {bound} {limit} ({distance}){flag}: {}", row.because);
         out += &wrapped(&format!("  {:<20}", row.metric), &text);
     }
     out
@@ -303,7 +302,10 @@ fn faults(result: &BenchResult) -> String {
     if faults.is_empty() {
         return String::new();
     }
-    let lines: String = faults.iter().map(|fault| wrapped("  !", fault)).collect();
+    let mut lines: String = faults.iter().take(MAX_FAULTS).map(|fault| wrapped("  !", fault)).collect();
+    if let Some(more) = faults.len().checked_sub(MAX_FAULTS).filter(|more| *more > 0) {
+        lines += &format!("  ! and {more} more\n");
+    }
     format!("\nDo not quote these figures\n{lines}")
 }
 
