@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::bench::args::BenchCommand;
+use crate::numbers_command::NumbersCommand;
 use crate::plan_command::PlanCommand;
 use crate::size::{ByteSize, TimeSpan};
 
@@ -34,6 +35,9 @@ pub enum Command {
     /// Load a server, or the engine in this process, and measure what it does.
     #[command(after_help = crate::bench::args::EXAMPLES)]
     Bench(Box<BenchCommand>),
+    /// Show the numbers that people quote beside the limit and what was measured here; run measures them.
+    #[command(after_help = crate::numbers_command::EXAMPLES)]
+    Numbers(Box<NumbersCommand>),
 }
 
 #[derive(Args)]
@@ -61,7 +65,8 @@ pub struct Typed {
     /// measure speed without a download [default: auto].
     #[arg(long, value_name = "FORMAT", help_heading = "Model")]
     pub load_format: Option<LoadFormat>,
-    /// Number format of the weights; auto: as the checkpoint stores them [default: auto].
+    /// Number format of the weights; auto: as the checkpoint stores them, on a GPU bf16 for f32; fp8: the layers'
+    /// weights in 8 bits with a scale for each output, on GPUs that have them [default: auto].
     #[arg(long, help_heading = "Model")]
     pub dtype: Option<Dtype>,
     /// Names under which clients ask for the model, separated by commas; answers carry the one asked for,
@@ -105,33 +110,36 @@ pub struct Typed {
     #[arg(long, value_name = "TIME", help_heading = "Network")]
     pub stall_timeout: Option<TimeSpan>,
 
-    /// Where to compute; auto takes the best that this build and this machine have [default: auto].
+    /// Where to compute; auto takes an NVIDIA GPU if there is one that the model can be computed on [default:
+    /// auto].
     #[arg(long, help_heading = "Engine")]
     pub device: Option<Device>,
     /// paged: continuous batching over a paged KV cache; naive: candle-transformers' model, one request at
     /// a time, the baseline [default: paged].
     #[arg(long, help_heading = "Engine")]
     pub engine: Option<Engine>,
-    /// Threads that compute [default: one a core].
+    /// Threads that compute on the CPU [default: one a core].
     #[arg(long, value_name = "COUNT", help_heading = "Engine")]
     pub threads: Option<usize>,
-    /// Tokens per KV block: a power of two from 8 to 256 [default: 16].
+    /// Tokens per KV block: a power of two from 8 to 256, on a GPU from 16 to 64 [default: 16].
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub block_size: Option<u32>,
     /// Blocks of the KV cache [default: see --kv-memory].
     #[arg(long, value_name = "COUNT", help_heading = "Engine")]
     pub kv_blocks: Option<u32>,
     /// Memory for the KV cache [default: 1024 tokens for each running sequence, at least one context, at
-    /// most a quarter of the free memory].
+    /// most a quarter of the free memory; on a GPU see --gpu-memory-utilization].
     #[arg(long, value_name = "SIZE", help_heading = "Engine")]
     pub kv_memory: Option<ByteSize>,
-    /// Number format of the KV cache; auto: bf16 where the weights are bf16, else f32 [default: auto].
+    /// Number format of the KV cache; auto: bf16 where the weights are bf16, else f32, on a GPU as the weights;
+    /// fp8: 8 bits, on GPUs that have them [default: auto].
     #[arg(long, value_name = "DTYPE", help_heading = "Engine")]
     pub kv_dtype: Option<KvDtype>,
-    /// Most tokens computed in one step; bounds how long a prompt can hold up the others [default: 512].
+    /// Most tokens computed in one step; bounds how long a prompt can hold up the others [default: 512, on
+    /// a GPU 2048].
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub max_batched_tokens: Option<u32>,
-    /// Most sequences that run at once [default: 64].
+    /// Most sequences that run at once [default: 64, on a GPU 256].
     #[arg(long, value_name = "COUNT", help_heading = "Engine")]
     pub max_running: Option<u32>,
     /// Most requests that wait beyond those that run; one more gets a 429 [default: 512].
@@ -144,6 +152,21 @@ pub struct Typed {
     /// Of every random draw that a request does not seed itself, and of dummy weights [default: 0].
     #[arg(long, help_heading = "Engine")]
     pub seed: Option<u64>,
+
+    /// Share of the GPU's memory that weights, activations and KV cache take together, 0.1 to 1 [default: 0.9].
+    #[arg(long, value_name = "SHARE", help_heading = "GPU")]
+    pub gpu_memory_utilization: Option<f64>,
+    /// Folder of libnvrtc and libcublasLt [default: where the loader, Python packages and toolkits have them].
+    #[arg(long, value_name = "FOLDER", help_heading = "GPU")]
+    pub cuda_lib_dir: Option<PathBuf>,
+    /// Launch every kernel of a decode step [default: replay recorded steps].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "GPU")]
+    pub no_cuda_graphs: Option<bool>,
+    /// Prepare a step when the one before has ended [default: while it runs].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "GPU")]
+    pub no_overlap: Option<bool>,
 
     /// In front of every metric's name; vllm: gives vLLM's own names [default: servelab_].
     #[arg(long, value_name = "PREFIX", help_heading = "Metrics and logs")]
@@ -167,8 +190,8 @@ macro_rules! choice {
 }
 
 choice!(LoadFormat { Auto, Dummy });
-choice!(Dtype { Auto, F32, F16, Bf16 });
-choice!(KvDtype { Auto, F32, Bf16 });
+choice!(Dtype { Auto, F32, F16, Bf16, Fp8 });
+choice!(KvDtype { Auto, F32, F16, Bf16, Fp8 });
 choice!(Device { Auto, Cpu, Cuda });
 choice!(Engine { Paged, Naive });
 choice!(LogFormat { Human, Json });
@@ -209,6 +232,10 @@ impl Typed {
             max_waiting: self.max_waiting.or(file.max_waiting),
             no_prefix_cache: self.no_prefix_cache.or(file.no_prefix_cache),
             seed: self.seed.or(file.seed),
+            gpu_memory_utilization: self.gpu_memory_utilization.or(file.gpu_memory_utilization),
+            cuda_lib_dir: self.cuda_lib_dir.or(file.cuda_lib_dir),
+            no_cuda_graphs: self.no_cuda_graphs.or(file.no_cuda_graphs),
+            no_overlap: self.no_overlap.or(file.no_overlap),
             metrics_prefix: self.metrics_prefix.or(file.metrics_prefix),
             log_level: self.log_level.or(file.log_level),
             log_format: self.log_format.or(file.log_format),

@@ -18,7 +18,7 @@ pub fn lines(summary: &Summary, name: &str, address: SocketAddr, has_keys: bool)
             ByteSize(summary.weight_bytes),
             summary.weight_dtype
         ),
-        "  device    cpu".to_owned(),
+        format!("  device    {}", summary.device),
         format!(
             "  KV cache  {} blocks of {} tokens hold {tokens} tokens, {} in {}; prefix cache {}",
             engine.num_blocks,
@@ -65,6 +65,7 @@ mod tests {
 
     fn summary(has_chat_template: bool) -> Summary {
         Summary {
+            device: "cpu".to_owned(),
             architecture: "LlamaForCausalLM",
             parameters: 3_100_000,
             weight_dtype: "bf16",

@@ -2,20 +2,28 @@
 
 use std::sync::Arc;
 
+use servelab_engine::EngineConfig;
+use servelab_model::cuda::driver::CudaGpu;
+use servelab_model::cuda::gpu::Gpu;
 use servelab_model::hub::{Download, HubOptions};
-use servelab_model::{EngineKind, KvDtype, ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo};
+use servelab_model::{
+    CudaRunnerOptions, EngineKind, KvDtype, ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo,
+};
 use servelab_server::{LoadError, LoadTimes, LoadedModel};
 use servelab_text::{ChatTemplate, Tokenizer};
 
+use crate::device::{self, Chosen, Device};
 use crate::generation_config;
 use crate::memory;
-use crate::plan::{Facts, Plan, plan};
+use crate::plan::{Facts, Plan, PlanError, plan};
 use crate::settings::{EngineSettings, ModelSettings};
 use crate::size::ByteSize;
 
 /// What the banner tells about a loaded model.
 #[derive(Clone, Debug)]
 pub struct Summary {
+    /// `cpu`, or the GPU in words.
+    pub device: String,
     pub architecture: &'static str,
     pub parameters: u64,
     pub weight_dtype: &'static str,
@@ -59,6 +67,15 @@ fn progress() -> impl FnMut(&Download) + Send {
     }
 }
 
+/// A model on its device, and the sizes of its engine.
+struct OnDevice {
+    model: servelab_model::LoadedModel,
+    engine: EngineConfig,
+    device: String,
+    weight_dtype: &'static str,
+    kv_dtype: &'static str,
+}
+
 /// Decides the sizes, loads the weights and everything that turns text into tokens and back.
 ///
 /// # Errors
@@ -67,43 +84,164 @@ pub fn load(
     prepared: Prepared,
     model: &ModelSettings,
     engine: &EngineSettings,
+    chosen: &Chosen,
 ) -> Result<(LoadedModel, Summary), LoadError> {
-    let plan = sizes(&prepared, model, engine)?;
-    for note in &plan.notes {
-        tracing::warn!("{note}");
-    }
     let text = Text::new(prepared.text_files(), prepared.config(), &model.source)?;
     let sampling_defaults =
         generation_config::sampling_defaults(prepared.text_files().generation_config.as_deref())
             .map_err(|error| LoadError(error.to_string()))?;
     let (architecture, parameters) =
         (prepared.config().architecture.name(), prepared.config().num_parameters());
-    let weight_dtype = prepared.dtype().name();
-    let loaded = prepared.into_runner(&plan.runner).map_err(|error| LoadError(error.to_string()))?;
+    let OnDevice { model: loaded, engine, device, weight_dtype, kv_dtype } =
+        on_device(prepared, model, engine, chosen)?;
     let summary = Summary {
+        device,
         architecture,
         parameters,
         weight_dtype,
         weight_bytes: loaded.memory.weight_bytes,
-        kv_dtype: plan.runner.kv_dtype.name(),
+        kv_dtype,
         kv_cache_bytes: loaded.memory.kv_cache_bytes,
-        engine: plan.engine.clone(),
+        engine: engine.clone(),
         has_chat_template: text.chat_template.is_some(),
     };
     let timings = loaded.timings;
     let served = LoadedModel {
         runner: loaded.runner,
-        engine: plan.engine,
+        engine,
         tokenizer: Arc::new(text.tokenizer),
         chat_template: text.chat_template.map(Arc::new),
         eos_token_ids: text.eos_token_ids,
         vocab_size: u32::try_from(loaded.config.vocab_size).unwrap_or(u32::MAX),
         root: root(&model.source),
         sampling_defaults,
-        kv_dtype: plan.runner.kv_dtype.name().to_owned(),
-        load_times: LoadTimes { read: timings.read, convert: timings.convert, warm_up: timings.warm_up },
+        kv_dtype: kv_dtype.to_owned(),
+        load_times: LoadTimes {
+            read: timings.read,
+            compile: timings.compile,
+            convert: timings.convert,
+            warm_up: timings.warm_up,
+            record: timings.record,
+        },
     };
     Ok((served, summary))
+}
+
+fn on_device(
+    prepared: Prepared,
+    model: &ModelSettings,
+    engine: &EngineSettings,
+    chosen: &Chosen,
+) -> Result<OnDevice, LoadError> {
+    let Device::Cuda(gpu) = &chosen.device else { return on_cpu(prepared, model, engine) };
+    let options = gpu_options(engine, model, prepared.config())?;
+    match prepared.cuda_options(&**gpu, &options) {
+        // A GPU that was not asked for is no reason to refuse a model that the CPU can compute.
+        Err(error) if chosen.may_change => {
+            tracing::info!("device cpu: {error}");
+            on_cpu(prepared, model, engine)
+        }
+        _ => on_gpu(prepared, model, engine, gpu, &options),
+    }
+}
+
+fn on_cpu(prepared: Prepared, model: &ModelSettings, engine: &EngineSettings) -> Result<OnDevice, LoadError> {
+    if engine.gpu.fp8_weights || engine.gpu.fp8_kv {
+        return Err(LoadError(
+            "fp8 weights and KV caches need a GPU; leave --dtype and --kv-dtype out".into(),
+        ));
+    }
+    let plan = sizes(&prepared, model, engine)?;
+    for note in &plan.notes {
+        tracing::warn!("{note}");
+    }
+    let weight_dtype = prepared.dtype().name();
+    let loaded = prepared.into_runner(&plan.runner).map_err(|error| LoadError(error.to_string()))?;
+    let kv_dtype = plan.runner.kv_dtype.name();
+    Ok(OnDevice { model: loaded, engine: plan.engine, device: "cpu".to_owned(), weight_dtype, kv_dtype })
+}
+
+fn gpu_options(
+    engine: &EngineSettings,
+    model: &ModelSettings,
+    config: &ModelConfig,
+) -> Result<CudaRunnerOptions, LoadError> {
+    let context = context(config);
+    if let Some(asked) = model.max_model_len.filter(|&asked| asked > context) {
+        return Err(LoadError(PlanError::BeyondContext { asked, context }.to_string()));
+    }
+    Ok(CudaRunnerOptions {
+        block_size: engine.block_size,
+        max_model_len: model.max_model_len.unwrap_or(context),
+        max_batched_tokens: engine.gpu.max_batched_tokens,
+        max_running: engine.gpu.max_running,
+        fp8_kv: engine.gpu.fp8_kv,
+        fp8_weights: engine.gpu.fp8_weights,
+        pool: engine.gpu.pool,
+        ways: engine.gpu.ways,
+    })
+}
+
+fn on_gpu(
+    prepared: Prepared,
+    model: &ModelSettings,
+    engine: &EngineSettings,
+    gpu: &Arc<CudaGpu>,
+    options: &CudaRunnerOptions,
+) -> Result<OnDevice, LoadError> {
+    let progress = weights_progress();
+    let loaded = prepared.into_cuda_runner(Arc::clone(gpu), options, progress);
+    let loaded = loaded.map_err(|error| LoadError(error.to_string()))?;
+    let (pool, room) = (loaded.pool, u32::try_from(loaded.pool.tokens).unwrap_or(u32::MAX));
+    tracing::info!(
+        weight_bytes = loaded.model.memory.weight_bytes,
+        activation_bytes = loaded.model.memory.activation_bytes,
+        pool_bytes = pool.pool_bytes,
+        blocks = pool.blocks,
+        tokens = pool.tokens,
+        "GPU memory: weights of {}, activations of {}, KV pool of {} for {} tokens, {:.1} sequences of {} at once",
+        ByteSize(loaded.model.memory.weight_bytes),
+        ByteSize(loaded.model.memory.activation_bytes),
+        ByteSize(pool.pool_bytes),
+        pool.tokens,
+        pool.concurrency,
+        options.max_model_len
+    );
+    if options.max_model_len > room && model.max_model_len.is_some() {
+        tracing::warn!(
+            "the KV pool holds {room} tokens, less than one sequence of --max-model-len {}: longer requests are \
+             refused",
+            options.max_model_len
+        );
+    }
+    let engine = EngineConfig {
+        block_size: options.block_size,
+        num_blocks: pool.blocks,
+        max_model_len: model.max_model_len.unwrap_or(options.max_model_len.min(room)),
+        max_batched_tokens: options.max_batched_tokens,
+        max_running: options.max_running,
+        max_waiting: engine.max_waiting,
+        prefix_cache: engine.prefix_cache,
+    };
+    Ok(OnDevice {
+        model: loaded.model,
+        engine,
+        device: device::describe(gpu.info()),
+        weight_dtype: loaded.weight_dtype,
+        kv_dtype: loaded.kv_dtype,
+    })
+}
+
+/// One log line each tenth of the weights.
+fn weights_progress() -> servelab_model::Progress {
+    let mut last = 0;
+    Box::new(move |done, total| {
+        let tenths = 10 * done / total.max(1);
+        if tenths > last {
+            last = tenths;
+            tracing::info!("weights on the GPU: {} of {}", ByteSize(done), ByteSize(total));
+        }
+    })
 }
 
 fn sizes(prepared: &Prepared, model: &ModelSettings, engine: &EngineSettings) -> Result<Plan, LoadError> {

@@ -6,9 +6,11 @@ mod args;
 mod banner;
 mod bench;
 mod config_file;
+mod device;
 mod generation_config;
 mod load;
 mod memory;
+mod numbers_command;
 mod open_files;
 mod plan;
 mod plan_command;
@@ -36,6 +38,10 @@ fn main() -> ExitCode {
             Err(error) => complain(&error, error.is_usage()),
         },
         Some(Command::Bench(command)) => match bench::run(&command, &mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Numbers(command)) => match numbers_command::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },

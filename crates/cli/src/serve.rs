@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use crate::args::ServeCommand;
 use crate::banner;
 use crate::config_file::{self, ConfigFileError};
+use crate::device::{self, Chosen, NoGpu};
 use crate::load::{self, Summary};
 use crate::secrets::API_KEYS_VARIABLE;
 use crate::settings::{EngineSettings, ModelSettings, Settings, SettingsError};
@@ -27,6 +28,8 @@ pub enum Error {
     #[error(transparent)]
     Settings(#[from] SettingsError),
     #[error(transparent)]
+    NoGpu(#[from] NoGpu),
+    #[error(transparent)]
     Logs(#[from] LogError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -41,7 +44,7 @@ pub enum Error {
 impl Error {
     /// Whether other settings would have helped before anything was started.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::ConfigFile(_) | Self::Settings(_))
+        matches!(self, Self::ConfigFile(_) | Self::Settings(_) | Self::NoGpu(_))
     }
 }
 
@@ -57,15 +60,16 @@ pub fn run(command: ServeCommand) -> Result<(), Error> {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
-    tracing::info!("device cpu: {}", settings.engine.device_reason);
+    let device = device::choose(&settings.engine)?;
+    tracing::info!("device {}: {}", device.name(), device.reason);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    let outcome = runtime.block_on(serve(settings));
+    let outcome = runtime.block_on(serve(settings, device));
     // A download or a step that hangs must not keep the process.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: Settings) -> Result<(), Error> {
+async fn serve(settings: Settings, device: Chosen) -> Result<(), Error> {
     let Settings { model, network, engine, metrics_prefix, .. } = settings;
     // Local files are opened before the socket, so that a wrong folder ends the program at once.
     let prepared = if load::is_local(&model.source) { Some(load::open(&model)?) } else { None };
@@ -85,7 +89,7 @@ async fn serve(settings: Settings) -> Result<(), Error> {
         stall_timeout: network.stall_timeout,
         seed: model.seed,
         metrics,
-        load: loader(prepared, model, engine, tell),
+        load: loader(prepared, model, engine, device, tell),
     };
     let server = Server::bind(options).await?;
     let address = reachable(server.local_addr());
@@ -115,6 +119,7 @@ fn loader(
     prepared: Option<Prepared>,
     model: ModelSettings,
     engine: EngineSettings,
+    device: Chosen,
     tell: oneshot::Sender<Summary>,
 ) -> Loader {
     Box::new(move || {
@@ -122,7 +127,7 @@ fn loader(
             Some(prepared) => prepared,
             None => load::open(&model)?,
         };
-        let (loaded, summary) = load::load(prepared, &model, &engine)?;
+        let (loaded, summary) = load::load(prepared, &model, &engine, &device)?;
         // Nobody listens once the program goes down.
         let _ = tell.send(summary);
         Ok(loaded)

@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use servelab_model::{EngineKind, KvDtype, LoadFormat, ModelError, ModelSource, WeightDtype};
+use servelab_model::cuda::runner::Ways;
+use servelab_model::{EngineKind, KvDtype, LoadFormat, ModelError, ModelSource, PoolSize, WeightDtype};
 use servelab_telemetry::{LogError, LogFormat, Secret};
 
 use crate::args::{self, Typed};
@@ -32,7 +33,7 @@ pub struct ModelSettings {
     pub source: ModelSource,
     /// At least one. Default: `demo`, the hub id, or the name of the folder.
     pub served_names: Vec<String>,
-    /// Default: as the checkpoint stores them.
+    /// Default: as the checkpoint stores them. Of 8-bit weights, what they are read as.
     pub dtype: Option<WeightDtype>,
     /// In tokens. Default: the model's context, or what the KV cache holds.
     pub max_model_len: Option<u32>,
@@ -65,8 +66,10 @@ pub struct NetworkSettings {
 /// How to compute.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineSettings {
-    /// Why this device was taken, in one line.
-    pub device_reason: &'static str,
+    /// Default auto.
+    pub device: DeviceChoice,
+    /// What is so on a GPU, if the model is computed on one.
+    pub gpu: GpuSettings,
     /// Default paged.
     pub kind: EngineKind,
     /// 0: one a core, which is the default.
@@ -84,6 +87,33 @@ pub struct EngineSettings {
     pub max_waiting: u32,
     /// Default on, with the naive engine off.
     pub prefix_cache: bool,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// How to compute on a GPU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuSettings {
+    /// Default: where the libraries are found.
+    pub library_folder: Option<PathBuf>,
+    /// Default 0.9 of the GPU's memory for everything.
+    pub pool: PoolSize,
+    /// Default both on.
+    pub ways: Ways,
+    /// Default off.
+    pub fp8_weights: bool,
+    /// Default off.
+    pub fp8_kv: bool,
+    /// In tokens; at least `max_running`. Default 2048.
+    pub max_batched_tokens: u32,
+    /// Sequences. Default 256.
+    pub max_running: u32,
 }
 
 /// How large the KV cache is.
@@ -116,8 +146,8 @@ pub enum SettingsError {
          connections; lower it, or raise the limit (ulimit -n)"
     )]
     OpenFiles { connections: u32, limit: u64, room: u64 },
-    #[error("--device cuda: this build serves on the CPU; CUDA is not there yet; use --device cpu or auto")]
-    NoCuda,
+    #[error("--{name} {value} does not go with --device {device}, {reason}; leave it out")]
+    OtherDevice { name: &'static str, value: String, device: &'static str, reason: &'static str },
     #[error("--{name} is for models of a hub, and {model} is none; leave it out")]
     NotAHubModel { name: &'static str, model: String },
     #[error(transparent)]
@@ -219,7 +249,7 @@ fn served_names(typed: &Typed, source: &ModelSource) -> Result<Vec<String>, Sett
 
 fn dtype(typed: Option<args::Dtype>) -> Option<WeightDtype> {
     match typed {
-        None | Some(args::Dtype::Auto) => None,
+        None | Some(args::Dtype::Auto | args::Dtype::Fp8) => None,
         Some(args::Dtype::F32) => Some(WeightDtype::F32),
         Some(args::Dtype::F16) => Some(WeightDtype::F16),
         Some(args::Dtype::Bf16) => Some(WeightDtype::BF16),
@@ -260,19 +290,30 @@ impl EngineSettings {
         let threads = typed.threads.unwrap_or(0);
         let in_range = typed.threads.is_none_or(|threads| (1..=1024).contains(&threads));
         ensure(in_range, "threads", &threads.to_string(), "from 1 to 1024, or left out for one a core")?;
+        let device = match typed.device {
+            Some(args::Device::Cuda) => DeviceChoice::Cuda,
+            Some(args::Device::Cpu) => DeviceChoice::Cpu,
+            Some(args::Device::Auto) | None => DeviceChoice::Auto,
+        };
+        refuse_other_device(typed, device)?;
+        let kv_size = kv_size(typed)?;
+        let (max_batched_tokens, max_running) = batch(typed, 512, 64)?;
         let settings = Self {
-            device_reason: device_reason(typed.device)?,
+            device,
+            gpu: GpuSettings::new(typed, kv_size)?,
             kind: EngineKind::Paged,
             threads,
             block_size,
-            kv_size: kv_size(typed)?,
+            kv_size,
             kv_dtype: match typed.kv_dtype {
                 Some(args::KvDtype::Bf16) => Some(KvDtype::BF16),
                 Some(args::KvDtype::F32) => Some(KvDtype::F32),
-                Some(args::KvDtype::Auto) | None => None,
+                Some(args::KvDtype::Auto | args::KvDtype::F16 | args::KvDtype::Fp8) | None => None,
             },
+            max_batched_tokens,
+            max_running,
             max_waiting: at_least("max-waiting", typed.max_waiting, 1, COUNT_RULE)?.unwrap_or(512),
-            ..batch(typed)?
+            prefix_cache: !typed.no_prefix_cache.unwrap_or(false),
         };
         match typed.engine {
             Some(args::Engine::Naive) => naive(typed, settings),
@@ -281,32 +322,92 @@ impl EngineSettings {
     }
 }
 
+impl GpuSettings {
+    fn new(typed: &Typed, kv_size: KvSize) -> Result<Self, SettingsError> {
+        let share = typed.gpu_memory_utilization.unwrap_or(0.9);
+        let sane = (0.1..=1.0).contains(&share);
+        ensure(sane, "gpu-memory-utilization", &share.to_string(), "a share from 0.1 to 1")?;
+        let (max_batched_tokens, max_running) = batch(typed, 2048, 256)?;
+        let pool = match kv_size {
+            KvSize::Suggested => PoolSize::Utilization(share),
+            KvSize::Blocks(blocks) => PoolSize::Blocks(blocks),
+            KvSize::Bytes(bytes) => PoolSize::Bytes(bytes),
+        };
+        Ok(Self {
+            library_folder: typed.cuda_lib_dir.clone(),
+            pool,
+            ways: Ways {
+                graphs: !typed.no_cuda_graphs.unwrap_or(false),
+                overlap: !typed.no_overlap.unwrap_or(false),
+            },
+            fp8_weights: typed.dtype == Some(args::Dtype::Fp8),
+            fp8_kv: typed.kv_dtype == Some(args::KvDtype::Fp8),
+            max_batched_tokens,
+            max_running,
+        })
+    }
+}
+
+/// A setting that the device has no use for would be ignored.
+fn refuse_other_device(typed: &Typed, device: DeviceChoice) -> Result<(), SettingsError> {
+    let of_gpu = || {
+        [
+            ("gpu-memory-utilization", typed.gpu_memory_utilization.map(|share| share.to_string())),
+            ("cuda-lib-dir", typed.cuda_lib_dir.as_ref().map(|folder| folder.display().to_string())),
+            ("no-cuda-graphs", typed.no_cuda_graphs.map(|off| off.to_string())),
+            ("no-overlap", typed.no_overlap.map(|off| off.to_string())),
+            ("dtype", (typed.dtype == Some(args::Dtype::Fp8)).then(|| "fp8".to_owned())),
+            ("kv-dtype", narrow_kv(typed).map(str::to_owned)),
+        ]
+    };
+    let of_cpu = || {
+        [
+            ("threads", typed.threads.map(|threads| threads.to_string())),
+            ("kv-dtype", (typed.kv_dtype == Some(args::KvDtype::F32)).then(|| "f32".to_owned())),
+            ("dtype", (typed.dtype == Some(args::Dtype::F32)).then(|| "f32".to_owned())),
+            ("engine", (typed.engine == Some(args::Engine::Naive)).then(|| "naive".to_owned())),
+        ]
+    };
+    let given = |list: &[(&'static str, Option<String>)]| {
+        list.iter().find_map(|(name, value)| Some((*name, value.clone()?)))
+    };
+    let (found, device, reason) = match device {
+        DeviceChoice::Auto => return Ok(()),
+        DeviceChoice::Cpu => (given(&of_gpu()), "cpu", "it is for GPUs"),
+        DeviceChoice::Cuda => (given(&of_cpu()), "cuda", "it is for the CPU"),
+    };
+    match found {
+        Some((name, value)) => Err(SettingsError::OtherDevice { name, value, device, reason }),
+        None => Ok(()),
+    }
+}
+
+/// The formats of keys and values that only a GPU has.
+fn narrow_kv(typed: &Typed) -> Option<&'static str> {
+    match typed.kv_dtype {
+        Some(args::KvDtype::Fp8) => Some("fp8"),
+        Some(args::KvDtype::F16) => Some("f16"),
+        _ => None,
+    }
+}
+
 const COUNT_RULE: &str = "from 1 to 1048576";
 const MOST: u32 = 1 << 20;
 
-/// The settings of the batch: what was typed, and defaults that fit to it.
-fn batch(typed: &Typed) -> Result<EngineSettings, SettingsError> {
-    let tokens = at_least("max-batched-tokens", typed.max_batched_tokens, 1, COUNT_RULE)?;
-    let running = at_least("max-running", typed.max_running, 1, COUNT_RULE)?;
-    let (max_batched_tokens, max_running) = match (tokens, running) {
+/// Tokens of a step and running sequences: what was typed, and defaults that fit to it.
+fn batch(typed: &Typed, tokens: u32, running: u32) -> Result<(u32, u32), SettingsError> {
+    let typed_tokens = at_least("max-batched-tokens", typed.max_batched_tokens, 1, COUNT_RULE)?;
+    let typed_running = at_least("max-running", typed.max_running, 1, COUNT_RULE)?;
+    match (typed_tokens, typed_running) {
         (Some(tokens), Some(running)) if tokens < running => {
-            return Err(SettingsError::BatchTooSmall { tokens, running });
+            Err(SettingsError::BatchTooSmall { tokens, running })
         }
-        (Some(tokens), running) => (tokens, running.unwrap_or(64.min(tokens))),
-        (None, running) => (512.max(running.unwrap_or(64)), running.unwrap_or(64)),
-    };
-    Ok(EngineSettings {
-        max_batched_tokens,
-        max_running,
-        prefix_cache: !typed.no_prefix_cache.unwrap_or(false),
-        device_reason: "",
-        kind: EngineKind::Paged,
-        threads: 0,
-        block_size: 16,
-        kv_size: KvSize::Suggested,
-        kv_dtype: None,
-        max_waiting: 512,
-    })
+        (Some(tokens), typed) => Ok((tokens, typed.unwrap_or(running.min(tokens)))),
+        (None, typed) => {
+            let running = typed.unwrap_or(running);
+            Ok((tokens.max(running), running))
+        }
+    }
 }
 
 /// The naive engine computes one whole request at a time in a cache of its own.
@@ -340,14 +441,6 @@ fn kv_size(typed: &Typed) -> Result<KvSize, SettingsError> {
         (Some(blocks), None) => Ok(KvSize::Blocks(blocks)),
         (None, Some(size)) => Ok(KvSize::Bytes(size.0)),
         (None, None) => Ok(KvSize::Suggested),
-    }
-}
-
-fn device_reason(device: Option<args::Device>) -> Result<&'static str, SettingsError> {
-    match device {
-        Some(args::Device::Cuda) => Err(SettingsError::NoCuda),
-        Some(args::Device::Cpu) => Ok("as asked for"),
-        Some(args::Device::Auto) | None => Ok("this build has no other device; CUDA is not there yet"),
     }
 }
 
@@ -462,9 +555,41 @@ mod tests {
     }
 
     #[test]
-    fn cuda_is_refused_plainly() {
-        let message = refusal(|typed| typed.device = Some(args::Device::Cuda));
-        assert!(message.contains("this build serves on the CPU; CUDA is not there yet"), "{message}");
+    fn a_gpu_has_defaults_of_its_own() {
+        let engine = settings(|_| ()).unwrap().engine;
+        assert_eq!(engine.device, DeviceChoice::Auto);
+        assert_eq!((engine.gpu.max_batched_tokens, engine.gpu.max_running), (2048, 256));
+        assert_eq!(engine.gpu.pool, PoolSize::Utilization(0.9));
+        assert_eq!(engine.gpu.ways, Ways { graphs: true, overlap: true });
+        let engine = settings(|typed| {
+            typed.max_running = Some(8);
+            typed.kv_blocks = Some(100);
+            typed.no_overlap = Some(true);
+            typed.dtype = Some(args::Dtype::Fp8);
+        });
+        let gpu = engine.unwrap().engine.gpu;
+        assert_eq!((gpu.max_batched_tokens, gpu.max_running, gpu.pool), (2048, 8, PoolSize::Blocks(100)));
+        assert_eq!((gpu.ways, gpu.fp8_weights), (Ways { graphs: true, overlap: false }, true));
+        assert!(refusal(|typed| typed.gpu_memory_utilization = Some(1.5)).contains("from 0.1 to 1"));
+        assert!(refusal(|typed| typed.gpu_memory_utilization = Some(f64::NAN)).contains("from 0.1 to 1"));
+    }
+
+    #[test]
+    fn settings_of_the_other_device_are_refused() {
+        let on = |device, change: fn(&mut Typed)| {
+            refusal(|typed| {
+                typed.device = Some(device);
+                change(typed);
+            })
+        };
+        let cpu = on(args::Device::Cpu, |typed| typed.gpu_memory_utilization = Some(0.5));
+        assert!(cpu.contains("--gpu-memory-utilization 0.5 does not go with --device cpu"), "{cpu}");
+        let cpu = on(args::Device::Cpu, |typed| typed.kv_dtype = Some(args::KvDtype::Fp8));
+        assert!(cpu.contains("--kv-dtype fp8 does not go with --device cpu"), "{cpu}");
+        let cuda = on(args::Device::Cuda, |typed| typed.engine = Some(args::Engine::Naive));
+        assert!(cuda.contains("--engine naive does not go with --device cuda"), "{cuda}");
+        let cuda = on(args::Device::Cuda, |typed| typed.threads = Some(4));
+        assert!(cuda.contains("--threads 4 does not go with --device cuda"), "{cuda}");
     }
 
     #[test]

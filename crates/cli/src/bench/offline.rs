@@ -13,6 +13,7 @@ use servelab_telemetry::LogFormat;
 use super::machine;
 use super::settings::BenchSettings;
 use super::{Error, Prepared};
+use crate::device;
 use crate::load::{self, Summary};
 use crate::settings::{EngineSettings, ModelSettings};
 
@@ -32,8 +33,9 @@ pub fn prepare(
 ) -> Result<Prepared<Offline<Runner, RealTime>>, Error> {
     // Only one program logs in this process.
     let _ = servelab_telemetry::init_logs(LogFormat::Human, "warn");
+    let device = device::choose(engine).map_err(|error| LoadError(error.to_string()))?;
     let opened = load::open(model)?;
-    let (loaded, summary) = load::load(opened, model, engine)?;
+    let (loaded, summary) = load::load(opened, model, engine, &device)?;
     let id = model.served_names[0].clone();
     let workload = settings.workload.clone().within(loaded.engine.max_model_len, settings.fit)?;
     let writer = Writer {
@@ -81,6 +83,7 @@ fn ordinary_ids(loaded: &LoadedModel) -> Arc<[u32]> {
 fn facts(summary: &Summary) -> BTreeMap<String, String> {
     let engine = &summary.engine;
     let facts = [
+        ("device", summary.device.clone()),
         ("architecture", summary.architecture.to_owned()),
         ("parameters", summary.parameters.to_string()),
         ("weight_dtype", summary.weight_dtype.to_owned()),
