@@ -23,8 +23,7 @@ pub const TILE_HEADS: u32 = 8;
 /// Positions of one item of the decode kernel: few, so that a short context keeps many multiprocessors busy, and
 /// enough that the result of an item (4 bytes a dimension and query head) is little beside its keys and values.
 pub const SPLIT_TOKENS: u32 = 256;
-/// Most items of one sequence, whatever its length: who joins them reads
-/// the results of all.
+/// Most items of one sequence, whatever its length: the last block to finish reads the results of all.
 const MOST_SPLITS: u32 = 64;
 /// Threads of the sampling kernel.
 pub const SAMPLE_THREADS: u32 = 512;

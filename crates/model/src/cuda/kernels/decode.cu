@@ -156,6 +156,65 @@ __device__ inline u32 dimension(int step, int half) {
 #endif
 }
 
+// A warp's result into its part of the shared memory: sums of values, largest scores in powers of 2, sums of weights.
+__device__ inline void store_result(
+    float* result, const float (&sums)[STEPS][4], const float (&largest)[2], float (&weights)[2], float factor) {
+    u32 lane = threadIdx.x % 32, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) weights[i] += __shfl_xor_sync(FULL_WARP, weights[i], step);
+        u32 head = 2 * c + i;
+        if (lane < 4) {
+            result[8 * RESULT_STRIDE + head] = largest[i] * factor;
+            result[8 * RESULT_STRIDE + 8 + head] = weights[i];
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            result[head * RESULT_STRIDE + dimension(step, 0)] = sums[step][i];
+            result[head * RESULT_STRIDE + dimension(step, 1)] = sums[step][i + 2];
+        }
+    }
+}
+
+// Largest score, sum of weights and weighted sum of one dimension of a head's values.
+struct partial {
+    float top, sum, value;
+};
+
+// Of all warps of the block. What a warp without tiles left counts nothing: its largest score is far below all.
+__device__ inline partial join_warps(u32 head, u32 dim) {
+    partial all = {-1e30f, 0.0f, 0.0f};
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        const float* result = (const float*)(dynamic_shared() + warp * WARP_BYTES);
+        all.top = fmaxf(all.top, result[8 * RESULT_STRIDE + head]);
+    }
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        const float* result = (const float*)(dynamic_shared() + warp * WARP_BYTES);
+        float share = exp2_fast(result[8 * RESULT_STRIDE + head] - all.top);
+        all.sum += result[8 * RESULT_STRIDE + 8 + head] * share;
+        all.value += result[head * RESULT_STRIDE + dim] * share;
+    }
+    return all;
+}
+
+// Of all splits of a sequence, in their order; slots of neighbouring splits are `step` apart.
+__device__ inline partial join_splits(
+    const float* values, const float* sums, u64 slot, u64 step, u32 splits, u32 dim) {
+    partial all = {-1e30f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (u32 split = 0; split < splits; split++, slot += step) {
+        float top = load_shared_result(sums + 2 * slot), sum = load_shared_result(sums + 2 * slot + 1);
+        float value = load_shared_result(values + slot * HEAD_DIM + dim);
+        float higher = fmaxf(all.top, top);
+        float old_share = exp2_fast(all.top - higher), share = exp2_fast(top - higher);
+        all = {higher, all.sum * old_share + sum * share, all.value * old_share + value * share};
+    }
+    return all;
+}
+
 // Wider heads take more registers (geometry.rs, decode_most_resident).
 #define LEAST_RESIDENT (HEAD_DIM <= 128 ? 3 : 2)
 
@@ -175,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
     float key_scale,                       // what a cached key is multiplied by
     float value_scale) {
     __shared__ bool is_last;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = lane % 4;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u8* memory = dynamic_shared() + warp * WARP_BYTES;
     u32 columns = kv_heads * HEAD_TILES;
     u32 works = *item_count * columns;
@@ -262,82 +321,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_RESIDENT) decode_att
             add_values(sums, keys + TILE_BYTES, b0, b1);
         }
 
-        // The warp's result, for all warps.
+        // Nobody reads the last tile any more; its memory takes the result.
         __syncwarp();
-        float* result = (float*)memory;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (int step = 4; step < 32; step *= 2) weights[i] += __shfl_xor_sync(FULL_WARP, weights[i], step);
-            u32 head = 2 * c + i;
-            if (lane < 4) {
-                result[8 * RESULT_STRIDE + head] = largest[i] * factor;
-                result[8 * RESULT_STRIDE + 8 + head] = weights[i];
-            }
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                result[head * RESULT_STRIDE + dimension(step, 0)] = sums[step][i];
-                result[head * RESULT_STRIDE + dimension(step, 1)] = sums[step][i + 2];
-            }
-        }
+        store_result((float*)memory, sums, largest, weights, factor);
         __syncthreads();
-
-        // Warps are joined, each thread some dimensions; `largest` of a warp without tiles counts nothing.
+        element* to = out + (u64)head_row * HEAD_DIM;
         for (u32 i = threadIdx.x; i < heads * HEAD_DIM; i += THREADS) {
             u32 head = i / HEAD_DIM, dim = i % HEAD_DIM;
-            float top = -1e30f, sum = 0.0f, value = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float* other = (const float*)(dynamic_shared() + w * WARP_BYTES);
-                top = fmaxf(top, other[8 * RESULT_STRIDE + head]);
-            }
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float* other = (const float*)(dynamic_shared() + w * WARP_BYTES);
-                float share = exp2_fast(other[8 * RESULT_STRIDE + head] - top);
-                sum += other[8 * RESULT_STRIDE + 8 + head] * share;
-                value += other[head * RESULT_STRIDE + dim] * share;
-            }
+            partial all = join_warps(head, dim);
             if (item.splits == 1) {
-                out[(u64)(head_row + head) * HEAD_DIM + dim] = to_element(value / sum * value_scale);
-            } else {
-                u64 slot = (u64)work * HEADS + head;
-                store_shared_result(partial_values + slot * HEAD_DIM + dim, value);
-                if (dim == 0) {
-                    store_shared_result(partial_sums + 2 * slot, top);
-                    store_shared_result(partial_sums + 2 * slot + 1, sum);
-                }
+                to[i] = to_element(all.value / all.sum * value_scale);
+                continue;
+            }
+            u64 slot = (u64)work * HEADS + head;
+            store_shared_result(partial_values + slot * HEAD_DIM + dim, all.value);
+            if (dim == 0) {
+                store_shared_result(partial_sums + 2 * slot, all.top);
+                store_shared_result(partial_sums + 2 * slot + 1, all.sum);
             }
         }
         if (item.splits > 1) {
             // What this block wrote must be seen before its arrival is.
             __threadfence();
             __syncthreads();
-            u32* arrived = arrivals + item.row * columns + work % columns;
             if (threadIdx.x == 0) {
+                u32* arrived = arrivals + item.row * columns + work % columns;
                 is_last = atomicAdd(arrived, 1) == item.splits - 1;
                 if (is_last) *arrived = 0;
             }
             __syncthreads();
             if (is_last) {
                 __threadfence();
-                u64 slot = ((u64)work - (u64)item.split * columns) * HEADS;
+                u64 first_slot = ((u64)work - (u64)item.split * columns) * HEADS;
                 for (u32 i = threadIdx.x; i < heads * HEAD_DIM; i += THREADS) {
                     u32 head = i / HEAD_DIM, dim = i % HEAD_DIM;
-                    float top = -1e30f, sum = 0.0f, value = 0.0f;
-#pragma unroll 4
-                    for (u32 split = 0; split < item.splits; split++) {
-                        u64 at = slot + (u64)split * columns * HEADS + head;
-                        float its_top = load_shared_result(partial_sums + 2 * at);
-                        float its_sum = load_shared_result(partial_sums + 2 * at + 1);
-                        float its_value = load_shared_result(partial_values + at * HEAD_DIM + dim);
-                        float new_top = fmaxf(top, its_top);
-                        float mine = exp2_fast(top - new_top), its = exp2_fast(its_top - new_top);
-                        sum = sum * mine + its_sum * its;
-                        value = value * mine + its_value * its;
-                        top = new_top;
-                    }
-                    out[(u64)(head_row + head) * HEAD_DIM + dim] = to_element(value / sum * value_scale);
+                    partial all = join_splits(
+                        partial_values, partial_sums, first_slot + head, (u64)columns * HEADS, item.splits, dim);
+                    to[i] = to_element(all.value / all.sum * value_scale);
                 }
             }
         }

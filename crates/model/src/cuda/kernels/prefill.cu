@@ -181,6 +181,108 @@ __device__ inline void add_values(
     }
 }
 
+// Scores of keys that a row does not see become minus infinity. `position` is that of the rows g and g + 8 of each
+// tile; the first key is `start`.
+__device__ inline void hide(
+    float (&scores)[QUERY_TILES][KEYS / 8][4], const u32 (&position)[QUERY_TILES][2], u32 start, u32 window) {
+#pragma unroll
+    for (int tile = 0; tile < QUERY_TILES; tile++) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 2; n++) {
+            u32 at = position[tile][n / 2 % 2], key = start + n / 4 * 8 + threadIdx.x % 4 * 2 + n % 2;
+            bool hidden = key > at || (window && key + window <= at);
+            if (hidden) scores[tile][n / 4][n % 4] = __uint_as_float(0xff800000u);
+        }
+    }
+}
+
+// What is known of the rows g and g + 8 of each tile so far.
+struct row_state {
+    float largest[QUERY_TILES][2];  // score, before it is scaled
+    float weights[QUERY_TILES][2];  // this lane's part of their sum
+    float sums[QUERY_TILES][2 * STEPS][4];
+};
+
+// Turns scores into weights relative to the largest score so far, and scales what was summed up to it.
+__device__ inline void soften(float (&scores)[QUERY_TILES][KEYS / 8][4], row_state& state, float factor) {
+    float shrink[QUERY_TILES][2];
+    bool shrinks = false;
+#pragma unroll
+    for (int tile = 0; tile < QUERY_TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float old_top = state.largest[tile][i], top = old_top;
+#pragma unroll
+            for (int n = 0; n < KEYS / 4; n++) top = fmaxf(top, scores[tile][n / 2][2 * i + n % 2]);
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+            state.largest[tile][i] = top;
+            shrinks = shrinks || top > old_top;
+            shrink[tile][i] = exp2_fast((old_top - top) * factor);
+            state.weights[tile][i] *= shrink[tile][i];
+#pragma unroll
+            for (int n = 0; n < KEYS / 4; n++) {
+                float& score = scores[tile][n / 2][2 * i + n % 2];
+                // One instruction scales and subtracts.
+                score = exp2_fast(score * factor - top * factor);
+                state.weights[tile][i] += score;
+            }
+        }
+    }
+    // After the first few tiles the largest scores are mostly known.
+    if (__any_sync(FULL_WARP, shrinks)) {
+#pragma unroll
+        for (int tile = 0; tile < QUERY_TILES; tile++) {
+#pragma unroll
+            for (int dims = 0; dims < 2 * STEPS; dims++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) state.sums[tile][dims][i] *= shrink[tile][i / 2];
+            }
+        }
+    }
+}
+
+// The warp's finished rows, through the memory of its own queries, so that they are written in whole units.
+__device__ inline void store_rows(
+    element* out, u8* memory, const row_state& state, const work_item& item, u32 kv_heads, float scale) {
+    u32 lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < QUERY_TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = state.weights[tile][i];
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            float share = scale / sum;
+            u8* row = memory + (tile * 16 + i * 8 + g) * QUERY_STRIDE;
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                const float(&first)[4] = state.sums[tile][2 * step], (&second)[4] = state.sums[tile][2 * step + 1];
+#if KV == E4M3
+                // Dimensions 4c and 4c+2 of this step, then 4c+1 and 4c+3.
+                uint2 four = make_uint2(
+                    pack(first[2 * i] * share, second[2 * i] * share),
+                    pack(first[2 * i + 1] * share, second[2 * i + 1] * share));
+                *(uint2*)(row + step * 32 + c * 8) = four;
+#else
+                *(u32*)(row + step * 32 + c * 4) = pack(first[2 * i] * share, first[2 * i + 1] * share);
+                *(u32*)(row + step * 32 + 16 + c * 4) = pack(second[2 * i] * share, second[2 * i + 1] * share);
+#endif
+            }
+        }
+    }
+    __syncwarp();
+    u32 units = HEAD_DIM * 2 / 16, first_row = item.tile * ROWS + threadIdx.x / 32 * (ROWS / WARPS);
+    for (u32 unit = lane; unit < ROWS / WARPS * units; unit += 32) {
+        u32 row = unit / units, part = unit % units, of_chunk = first_row + row;
+        if (of_chunk >= item.tokens * GROUP) break;
+        u32 token = of_chunk / GROUP, head = of_chunk % GROUP;
+        u64 at = (((u64)(item.first_row + token) * kv_heads + blockIdx.y) * GROUP + head) * HEAD_DIM + part * 8;
+        *(uint4*)(out + at) = *(const uint4*)(memory + row * QUERY_STRIDE + part * 16);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_attention(
     element* __restrict__ out,             // [rows, kv_heads, GROUP, HEAD_DIM]
     const element* __restrict__ queries,   // [rows, kv_heads, GROUP, HEAD_DIM]
@@ -194,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_attention(
     float key_scale,                       // what a cached key is multiplied by
     float value_scale) {
     work_item item = load_item(items, blockIdx.x);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
     u8* query_tile = dynamic_shared();
     u8* stages = query_tile + ROWS * QUERY_STRIDE;
     const u32* table = block_tables + (u64)item.table * table_width;
@@ -212,17 +314,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_attention(
     request_tile(stages, cache, table, kv_heads, start, begin, end);
 
     u8* my_queries = query_tile + warp * (ROWS / WARPS) * QUERY_STRIDE;
-    // Of this lane's rows, g and g + 8 of each tile: position, largest score, this lane's part of the sum.
     u32 position[QUERY_TILES][2];
-    float largest[QUERY_TILES][2], weights[QUERY_TILES][2] = {};
-    float sums[QUERY_TILES][2 * STEPS][4] = {};
+    row_state state = {};
 #pragma unroll
     for (int tile = 0; tile < QUERY_TILES; tile++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             u32 row = first_row + warp * (ROWS / WARPS) + tile * 16 + i * 8 + g;
             position[tile][i] = chunk_start + min(row, last_row) / GROUP;
-            largest[tile][i] = -1e30f;
+            state.largest[tile][i] = -1e30f;
         }
     }
 
@@ -236,91 +336,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_attention(
         const u8* keys = stages + stage * STAGE_BYTES;
         float scores[QUERY_TILES][KEYS / 8][4] = {};
         score(scores, my_queries, keys);
-
         bool some_hidden = start + KEYS - 1 > first_position || (window && start + window <= last_position);
-        if (some_hidden) {
-#pragma unroll
-            for (int tile = 0; tile < QUERY_TILES; tile++) {
-#pragma unroll
-                for (int n = 0; n < KEYS / 2; n++) {
-                    u32 at = position[tile][n / 2 % 2], key = start + n / 4 * 8 + 2 * c + n % 2;
-                    bool hidden = key > at || (window && key + window <= at);
-                    if (hidden) scores[tile][n / 4][n % 4] = __uint_as_float(0xff800000u);
-                }
-            }
-        }
-        float shrink[QUERY_TILES][2];
-        bool shrinks = false;
-#pragma unroll
-        for (int tile = 0; tile < QUERY_TILES; tile++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float top = largest[tile][i];
-#pragma unroll
-                for (int n = 0; n < KEYS / 4; n++) top = fmaxf(top, scores[tile][n / 2][2 * i + n % 2]);
-                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-                shrink[tile][i] = exp2_fast((largest[tile][i] - top) * factor);
-                shrinks = shrinks || top > largest[tile][i];
-                largest[tile][i] = top;
-                weights[tile][i] *= shrink[tile][i];
-#pragma unroll
-                for (int n = 0; n < KEYS / 4; n++) {
-                    float& score = scores[tile][n / 2][2 * i + n % 2];
-                    // One instruction scales and subtracts.
-                    score = exp2_fast(score * factor - top * factor);
-                    weights[tile][i] += score;
-                }
-            }
-        }
-        // After the first few tiles the largest scores are mostly known.
-        if (__any_sync(FULL_WARP, shrinks)) {
-#pragma unroll
-            for (int tile = 0; tile < QUERY_TILES; tile++) {
-#pragma unroll
-                for (int dims = 0; dims < 2 * STEPS; dims++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) sums[tile][dims][i] *= shrink[tile][i / 2];
-                }
-            }
-        }
-        add_values(sums, scores, keys + KEYS * STRIDE);
+        if (some_hidden) hide(scores, position, start, window);
+        soften(scores, state, factor);
+        add_values(state.sums, scores, keys + KEYS * STRIDE);
     }
-
-    // Through the memory of the warp's own queries, so that rows are written in whole units.
-    __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < QUERY_TILES; tile++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float sum = weights[tile][i];
-            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-            float share = value_scale / sum;
-            u8* row = my_queries + (tile * 16 + i * 8 + g) * QUERY_STRIDE;
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                const float(&first)[4] = sums[tile][2 * step], (&second)[4] = sums[tile][2 * step + 1];
-#if KV == E4M3
-                // Dimensions 4c and 4c+2 of this step, then 4c+1 and 4c+3.
-                uint2 four = make_uint2(
-                    pack(first[2 * i] * share, second[2 * i] * share),
-                    pack(first[2 * i + 1] * share, second[2 * i + 1] * share));
-                *(uint2*)(row + step * 32 + c * 8) = four;
-#else
-                *(u32*)(row + step * 32 + c * 4) = pack(first[2 * i] * share, first[2 * i + 1] * share);
-                *(u32*)(row + step * 32 + 16 + c * 4) = pack(second[2 * i] * share, second[2 * i + 1] * share);
-#endif
-            }
-        }
-    }
-    __syncwarp();
-    u32 units = HEAD_DIM * 2 / 16;
-    for (u32 unit = lane; unit < ROWS / WARPS * units; unit += 32) {
-        u32 row = unit / units, part = unit % units, of_chunk = first_row + warp * (ROWS / WARPS) + row;
-        if (of_chunk >= rows) break;
-        u32 token = of_chunk / GROUP, head = of_chunk % GROUP;
-        u64 at = (((u64)(item.first_row + token) * kv_heads + blockIdx.y) * GROUP + head) * HEAD_DIM + part * 8;
-        *(uint4*)(out + at) = *(const uint4*)(my_queries + row * QUERY_STRIDE + part * 16);
-    }
+    store_rows(out, my_queries, state, item, kv_heads, value_scale);
 }
