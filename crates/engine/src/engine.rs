@@ -1,8 +1,15 @@
 //! Plan, run, apply.
+//!
+//! A runner whose device works by itself takes two steps at once: while it computes one, the next is planned and
+//! submitted, so that the device never waits for the host. [`Engine::step`] keeps its queue full and applies the step
+//! that ends first.
 
+use std::collections::VecDeque;
+
+use crate::block_hash::HashChain;
 use crate::block_pool::BlockId;
-use crate::request::{Request, RequestId, Timestamp};
-use crate::runner::{ModelRunner, RunnerError, Step, StepOutput};
+use crate::request::{Request, RequestId, Timestamp, TokenId};
+use crate::runner::{ModelRunner, RunnerError, Step, StepOutput, Submitted};
 use crate::scheduler::{Plan, Scheduler};
 use crate::sequence::Sequence;
 use crate::step::build_step;
@@ -19,10 +26,21 @@ pub use crate::trace::StepTrace;
 pub struct Engine<R> {
     runner: R,
     scheduler: Scheduler,
-    plan: Plan,
-    step: Step,
+    /// Steps that were submitted and not yet applied, oldest first.
+    under_way: VecDeque<Flight>,
+    /// Their memory, for the next ones.
+    spare: Vec<Flight>,
     steps: u64,
     trace: StepTrace,
+}
+
+/// A step on its way from plan to outcome.
+#[derive(Default)]
+struct Flight {
+    plan: Plan,
+    step: Step,
+    /// `None` while the runner has it.
+    output: Option<StepOutput>,
 }
 
 impl<R: ModelRunner> Engine<R> {
@@ -35,8 +53,8 @@ impl<R: ModelRunner> Engine<R> {
         Ok(Self {
             runner,
             scheduler: Scheduler::new(config),
-            plan: Plan::default(),
-            step: Step::default(),
+            under_way: VecDeque::new(),
+            spare: Vec::new(),
             steps: 0,
             trace: StepTrace::default(),
         })
@@ -49,35 +67,73 @@ impl<R: ModelRunner> Engine<R> {
     /// snapshot and decides nothing.
     pub fn step(&mut self, now: Timestamp) -> StepReport {
         let mut report = StepReport::default();
+        self.trace = StepTrace { step: self.trace.step + 1, now, ..StepTrace::default() };
         report.events.append(&mut self.scheduler.pending);
-        self.scheduler.plan(&mut self.plan, &mut report.events);
-        if !self.plan.work.is_empty() {
-            let block_size = self.scheduler.config.block_size as usize;
-            build_step(&self.plan, &self.scheduler.running, block_size, &mut self.step);
-            report.sequences = self.plan.work.len() as u32;
-            match self.run() {
-                Ok(output) => self.scheduler.apply(&self.plan, &self.step, output, &mut report),
-                Err(error) => self.fail(error, &mut report),
-            }
-            self.steps += 1;
+        while self.under_way.len() < self.runner.steps_at_once() && self.submit(&mut report) {}
+        if let Some(flight) = self.under_way.pop_front() {
+            self.collect(flight, &mut report);
         }
-        self.record_trace(now, &report);
+        self.record_trace(&report);
         report
     }
 
-    fn run(&mut self) -> Result<StepOutput, RunnerError> {
-        let output = self.runner.run(&self.step)?;
-        let (answered, asked) = (output.rows.len(), self.step.rows.len());
-        if answered != asked {
-            return Err(RunnerError::Step(format!("the runner answered {answered} rows of {asked}")));
+    /// Plans the next step and gives it to the runner. False if there is nothing to compute, or the runner did not
+    /// take it.
+    fn submit(&mut self, report: &mut StepReport) -> bool {
+        let mut flight = self.spare.pop().unwrap_or_default();
+        self.scheduler.plan(&mut flight.plan, &mut report.events);
+        self.trace.admitted += flight.plan.admitted;
+        self.trace.preempted += flight.plan.preempted;
+        self.trace.copies += flight.plan.copies.len() as u32;
+        if flight.plan.work.is_empty() {
+            self.spare.push(flight);
+            return false;
         }
-        Ok(output)
+        let block_size = self.scheduler.config.block_size as usize;
+        build_step(&flight.plan, &self.scheduler.running, block_size, &mut flight.step);
+        match self.runner.submit(&flight.step) {
+            Ok(submitted) => {
+                self.scheduler.submitted(&flight.plan, &flight.step);
+                flight.output = match submitted {
+                    Submitted::Done(output) => Some(output),
+                    Submitted::UnderWay => None,
+                };
+                self.under_way.push_back(flight);
+                true
+            }
+            Err(error) => {
+                self.end(flight, Err(error), report);
+                false
+            }
+        }
     }
 
-    fn fail(&mut self, error: RunnerError, report: &mut StepReport) {
+    /// Waits for the outcome of a step, and applies it.
+    fn collect(&mut self, mut flight: Flight, report: &mut StepReport) {
+        let output = flight.output.take().map_or_else(|| self.runner.collect(), Ok);
+        let asked = flight.step.rows.len();
+        let output = output.and_then(|output| match output.rows.len() {
+            answered if answered == asked => Ok(output),
+            answered => Err(RunnerError::Step(format!("the runner answered {answered} rows of {asked}"))),
+        });
+        self.end(flight, output, report);
+    }
+
+    fn end(&mut self, flight: Flight, output: Result<StepOutput, RunnerError>, report: &mut StepReport) {
+        self.steps += 1;
+        report.sequences += flight.plan.work.len() as u32;
+        match output {
+            Ok(output) => self.scheduler.apply(&flight.plan, &flight.step, output, report),
+            Err(error) => self.fail(&flight.plan, error, report),
+        }
+        self.spare.push(flight);
+    }
+
+    fn fail(&mut self, plan: &Plan, error: RunnerError, report: &mut StepReport) {
         match error {
-            RunnerError::Step(_) => self.scheduler.fail(&self.plan, &error, report),
+            RunnerError::Step(_) => self.scheduler.fail(plan, &error, report),
             RunnerError::Fatal(_) => {
+                self.under_way.clear();
                 self.scheduler.fail_all(&error, report);
                 report.fatal = Some(error.clone());
             }
@@ -111,7 +167,8 @@ impl<R: ModelRunner> Engine<R> {
     /// Whether a step would do or report anything.
     pub fn has_work(&self) -> bool {
         let scheduler = &self.scheduler;
-        !(scheduler.running.is_empty() && scheduler.waiting.is_empty() && scheduler.pending.is_empty())
+        let is_idle = scheduler.running.is_empty() && scheduler.waiting.is_empty();
+        !(is_idle && scheduler.pending.is_empty() && self.under_way.is_empty())
     }
 
     /// Forgets the content of all blocks. Running requests go on with the blocks they hold, which
@@ -119,6 +176,14 @@ impl<R: ModelRunner> Engine<R> {
     /// forget.
     pub fn reset_prefix_cache(&mut self) -> bool {
         self.scheduler.reset_prefix_cache()
+    }
+
+    /// How many leading tokens of a prompt the cache holds, in whole blocks. For whoever wants to know what a router
+    /// can only guess; O(prompt).
+    pub fn cached_tokens(&self, prompt: &[TokenId], cache_salt: u64) -> usize {
+        let block_size = self.scheduler.config.block_size as usize;
+        let mut chain = HashChain::new(block_size, cache_salt);
+        self.scheduler.pool.longest_prefix(prompt, &mut chain, usize::MAX).blocks.len() * block_size
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -175,24 +240,20 @@ impl<R: ModelRunner> Engine<R> {
         self.trace
     }
 
-    fn record_trace(&mut self, now: Timestamp, report: &StepReport) {
+    fn record_trace(&mut self, report: &StepReport) {
         let stats = self.stats();
         let finished = report.events.iter().filter(|event| matches!(event, Event::Finished { .. }));
         self.trace = StepTrace {
-            step: self.trace.step + 1,
-            now,
-            admitted: self.plan.admitted,
-            preempted: self.plan.preempted,
             finished: finished.count() as u32,
             decode_tokens: report.decode_tokens,
             prefill_tokens: report.prefill_tokens,
-            copies: self.plan.copies.len() as u32,
             failed: report.error.is_some(),
             running: stats.running,
             waiting: stats.waiting,
             blocks_held: stats.blocks_held,
             blocks_cached: stats.blocks_cached,
             blocks_free: stats.blocks_free,
+            ..self.trace
         };
     }
 

@@ -5,11 +5,11 @@
 //! block table as attention does. So a wrong slot, a stale block, a missed copy on write or another
 //! prompt's prefix changes the answer; [`FakeRunner::answer`] tells the right one without any blocks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::request::{Request, TokenId};
 use crate::runner::{
-    Draw, ModelRunner, RowOutput, RunnerError, Step, StepOutput, StepSequence, TokenLogprobs, Want,
+    Draw, ModelRunner, RowOutput, RunnerError, Step, StepOutput, StepSequence, Submitted, TokenLogprobs, Want,
 };
 
 /// Computes nothing but depends on everything.
@@ -21,7 +21,15 @@ pub struct FakeRunner {
     memory: Vec<u64>,
     failures: BTreeMap<u64, RunnerError>,
     forced: BTreeMap<u32, TokenId>,
+    /// Steps whose outcome the engine knows.
     steps: u64,
+    /// Steps computed.
+    submitted: u64,
+    steps_at_once: usize,
+    /// Outcomes that were not collected yet, oldest first.
+    under_way: VecDeque<Result<StepOutput, RunnerError>>,
+    /// What the last step answered.
+    last: Vec<TokenId>,
 }
 
 impl FakeRunner {
@@ -35,10 +43,20 @@ impl FakeRunner {
             failures: BTreeMap::new(),
             forced: BTreeMap::new(),
             steps: 0,
+            submitted: 0,
+            steps_at_once: 1,
+            under_way: VecDeque::new(),
+            last: Vec::new(),
         }
     }
 
-    /// How many steps it was asked to run.
+    /// The same as a device that takes so many steps at once: it computes them as they are submitted and keeps the
+    /// outcome for itself until it is asked.
+    pub fn taking(self, steps_at_once: usize) -> Self {
+        Self { steps_at_once, ..self }
+    }
+
+    /// How many steps the engine knows the outcome of.
     pub fn steps(&self) -> u64 {
         self.steps
     }
@@ -46,7 +64,7 @@ impl FakeRunner {
     /// Fails the `ahead`-th step from now; 0 is the next one. As a device does, it leaves garbage in
     /// the slots of that step.
     pub fn fail(&mut self, ahead: u64, error: RunnerError) {
-        self.failures.insert(self.steps + ahead, error);
+        self.failures.insert(self.submitted + ahead, error);
     }
 
     /// Answers `token` (a stop token, say) wherever a choice's output has that many tokens, unless
@@ -100,14 +118,14 @@ impl FakeRunner {
         }
     }
 
-    fn compute(&mut self, step: &Step, sequence: &StepSequence) {
+    fn compute(&mut self, step: &Step, tokens: &[TokenId], sequence: &StepSequence) {
         let blocks = &step.blocks[sequence.blocks.clone()];
         for index in sequence.tokens.clone() {
             let position = step.positions[index];
             let context = (0..position as usize).map(|at| {
                 self.memory[blocks[at / self.block_size].0 as usize * self.block_size + at % self.block_size]
             });
-            let value = value(context, position, step.tokens[index]);
+            let value = value(context, position, tokens[index]);
             self.memory[step.slots[index] as usize] = value;
         }
     }
@@ -155,16 +173,21 @@ impl FakeRunner {
             }
         }
     }
-}
 
-impl ModelRunner for FakeRunner {
-    fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
-        let number = self.steps;
-        self.steps += 1;
+    /// Computes a step, whoever gets to know of it when.
+    fn compute_step(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
+        let number = self.submitted;
+        self.submitted += 1;
+        let mut tokens = step.tokens.clone();
+        for pending in &step.from_last {
+            // After a step that failed there is nothing to refer to; its sequences have ended.
+            tokens[pending.token] = self.last.get(pending.answer).copied().unwrap_or(0);
+        }
         self.copy(step);
         for sequence in &step.sequences {
-            self.compute(step, sequence);
+            self.compute(step, &tokens, sequence);
         }
+        self.last.clear();
         if let Some(error) = self.failures.remove(&number) {
             for slot in &step.slots {
                 self.memory[*slot as usize] ^= 0xBAD;
@@ -172,7 +195,59 @@ impl ModelRunner for FakeRunner {
             return Err(error);
         }
         let rows = step.rows.iter().map(|row| self.answer_row(self.read(step, row.row), &row.want));
-        Ok(StepOutput { rows: rows.collect() })
+        let output = StepOutput { rows: rows.collect() };
+        self.last.extend(output.rows.iter().map(|row| row.token));
+        Ok(output)
+    }
+}
+
+impl ModelRunner for FakeRunner {
+    fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
+        self.steps += 1;
+        self.compute_step(step)
+    }
+
+    fn steps_at_once(&self) -> usize {
+        self.steps_at_once
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<Submitted, RunnerError> {
+        if self.steps_at_once == 1 {
+            return self.run(step).map(Submitted::Done);
+        }
+        assert!(self.under_way.len() < self.steps_at_once, "more steps at once than it takes");
+        let outcome = self.compute_step(step);
+        // Some errors show at once, others only later.
+        match outcome {
+            Err(error) if self.submitted % 2 == 0 => {
+                self.steps += 1;
+                self.lose(&error);
+                Err(error)
+            }
+            outcome => {
+                self.under_way.push_back(outcome);
+                Ok(Submitted::UnderWay)
+            }
+        }
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, RunnerError> {
+        self.steps += 1;
+        let outcome = self.under_way.pop_front();
+        let outcome = outcome.unwrap_or_else(|| Err(RunnerError::Step("no step is under way".into())));
+        if let Err(error) = &outcome {
+            self.lose(error);
+        }
+        outcome
+    }
+}
+
+impl FakeRunner {
+    /// A lost device answers nothing more.
+    fn lose(&mut self, error: &RunnerError) {
+        if matches!(error, RunnerError::Fatal(_)) {
+            self.under_way.clear();
+        }
     }
 }
 

@@ -12,6 +12,11 @@
 //! A sequence is admitted only if all tokens known of it fit, and gets the blocks for them at once.
 //! So only decoding ever needs more blocks, and only decoding ever preempts.
 //!
+//! A step may be planned while the one before is under way. A sequence of that step is then taken to go on: its next
+//! token, not known yet, is computed as the other step's answer. What comes out for a sequence that has ended or was
+//! preempted meanwhile is dropped. Its blocks may be given away at once: steps are computed in the order in which
+//! they were submitted.
+//!
 //! Invariant: the running sequence of the highest precedence is never preempted by another one, and
 //! fits alone (checked at admission to the queue). So each step makes progress, and every request
 //! ends.
@@ -43,8 +48,10 @@ pub(crate) struct Plan {
 /// The part of one sequence in a step: the next `tokens` tokens that are not yet computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Work {
-    /// Index into the running sequences, good until the plan is applied.
+    /// Index into the running sequences, good until the step is built.
     pub running: usize,
+    /// Finds the sequence later, if it still runs.
+    pub precedence: Precedence,
     pub tokens: usize,
     pub decodes: bool,
 }
@@ -248,7 +255,7 @@ impl Scheduler {
     fn make_slot(&mut self, at: usize, plan: &mut Plan) -> bool {
         let block_size = self.block_size();
         let sequence = &mut self.running[at];
-        let index = sequence.computed / block_size;
+        let index = sequence.position() / block_size;
         let shared = match sequence.blocks.get(index) {
             Some(block) if self.pool.references(*block) == 1 => return true,
             shared => shared.copied(),
@@ -361,13 +368,28 @@ impl Scheduler {
         for decodes in [true, false] {
             for (running, sequence) in self.running.iter().enumerate() {
                 if sequence.planned > 0 && sequence.decodes() == decodes {
-                    plan.work.push(Work { running, tokens: sequence.planned, decodes });
+                    let (precedence, tokens) = (sequence.precedence, sequence.planned);
+                    plan.work.push(Work { running, precedence, tokens, decodes });
                 }
             }
         }
     }
 
-    // ---- apply ----
+    // ---- submit and apply ----
+
+    /// Notes what a step that was submitted has under way.
+    pub fn submitted(&mut self, plan: &Plan, step: &Step) {
+        let mut rows = step.rows.iter().enumerate().peekable();
+        for (work, part) in plan.work.iter().zip(&step.sequences) {
+            let mut answer = None;
+            while let Some((index, row)) = rows.next_if(|(_, row)| row.row < part.tokens.end) {
+                if answer.is_none() && matches!(row.want, Want::Sample(_)) {
+                    answer = Some(index);
+                }
+            }
+            self.running[work.running].submit(work.tokens, answer);
+        }
+    }
 
     /// Takes in what the runner computed: tokens, forks, ends, and blocks that are now full.
     /// `output` has one entry for each row of `step`.
@@ -380,10 +402,19 @@ impl Scheduler {
                 true => report.decode_tokens += 1,
                 false => report.prefill_tokens += work.tokens as u32,
             }
-            let sequence = &mut self.running[work.running];
+            let mine = std::iter::from_fn(|| rows.next_if(|(row, _)| row.row < part.tokens.end));
+            let sequence = match self.position(work.precedence) {
+                Ok(at) if self.running[at].under_way >= work.tokens => &mut self.running[at],
+                // It has ended since, or lost its blocks.
+                _ => {
+                    mine.for_each(drop);
+                    continue;
+                }
+            };
+            sequence.under_way -= work.tokens;
             sequence.computed += work.tokens;
             sequence.publish(&mut self.pool);
-            while let Some((row, result)) = rows.next_if(|(row, _)| row.row < part.tokens.end) {
+            for (row, result) in mine {
                 match &row.want {
                     Want::Score { .. } => sequence.prompt_logprobs.push(result.logprobs),
                     Want::Sample(_) => drawn.push(result),
@@ -402,7 +433,9 @@ impl Scheduler {
     /// this step, so what can be found in the cache stays good.
     pub fn fail(&mut self, plan: &Plan, error: &RunnerError, report: &mut StepReport) {
         for work in &plan.work {
-            self.running[work.running].finished = Some(FinishReason::Error(error.to_string()));
+            if let Ok(at) = self.position(work.precedence) {
+                self.running[at].finished = Some(FinishReason::Error(error.to_string()));
+            }
         }
         self.remove_finished(&mut report.events);
     }
@@ -490,6 +523,7 @@ fn take_drawn(
     if drawn.is_empty() {
         return;
     }
+    sequence.ahead -= 1;
     report_prompt_logprobs(sequence, events);
     let unforked = std::mem::take(&mut sequence.unforked);
     let mut choices: Vec<_> = (1..=unforked).map(|choice| sequence.fork(choice, pool)).collect();

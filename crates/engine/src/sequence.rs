@@ -30,11 +30,17 @@ pub(crate) struct Sequence {
     pub tokens: Vec<TokenId>,
     /// How many of them, from the first, have keys and values in the cache.
     pub computed: usize,
-    /// How many the current step computes.
+    /// How many the step in planning computes.
     pub planned: usize,
+    /// How many, behind the computed ones, are computed by steps that were submitted and not yet applied.
+    pub under_way: usize,
+    /// Tokens that such steps choose for this sequence: they follow `tokens`, and nobody knows them yet.
+    pub ahead: usize,
+    /// Where the last of them stands among the rows of its step.
+    pub answer: usize,
     /// How many of the computed ones were found in the cache when it was last admitted.
     pub cached: usize,
-    /// The blocks that hold positions `0..computed` and those that the next steps fill.
+    /// The blocks that hold positions `0..computed` and those that this and the next steps fill.
     pub blocks: Vec<BlockId>,
     /// Further choices that fork off when the prompt is computed.
     pub unforked: u32,
@@ -68,6 +74,9 @@ impl Sequence {
             tokens: request.prompt.to_vec(),
             computed: 0,
             planned: 0,
+            under_way: 0,
+            ahead: 0,
+            answer: 0,
             cached: 0,
             blocks: Vec::new(),
             unforked: request.n - 1,
@@ -95,24 +104,51 @@ impl Sequence {
         self.request.prompt.len()
     }
 
-    /// Tokens generated so far.
+    /// Tokens generated so far, those known.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_len()
     }
 
-    /// Tokens to compute before the next one can be chosen; at least one.
+    /// The position that the step in planning begins with.
+    pub fn position(&self) -> usize {
+        self.computed + self.under_way
+    }
+
+    /// Tokens that the step in planning can compute before the next one is chosen. 0 if that has to wait for
+    /// the token that is being chosen; else at least one.
     pub fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        let ahead = if self.waits_for_token() { 0 } else { self.ahead };
+        self.tokens.len() + ahead - self.position()
+    }
+
+    /// Whether the next step cannot be planned without the token that is being chosen: it may be the last, choices
+    /// fork off at it, or penalties look at it. (That it may be a stop token is no reason to wait: then one
+    /// row is computed in vain.)
+    fn waits_for_token(&self) -> bool {
+        self.ahead > 0
+            && (self.unforked > 0
+                || self.request.sampling.needs_history()
+                || self.generated() + self.ahead >= self.request.stop.max_tokens as usize)
     }
 
     /// Whether the step in planning computes a generated token for the first time, and nothing else.
     pub fn decodes(&self) -> bool {
-        self.remaining() == 1 && self.generated() > 0
+        self.remaining() == 1 && self.generated() + self.ahead > 0
     }
 
-    /// Blocks that all tokens known so far need.
+    /// Blocks that all tokens need, those being chosen included.
     pub fn blocks_needed(&self) -> usize {
-        self.tokens.len().div_ceil(self.chain.block_size())
+        (self.tokens.len() + self.ahead).div_ceil(self.chain.block_size())
+    }
+
+    /// A step that computes `tokens` of this sequence was submitted. `answer`: its row there, if the step
+    /// chooses the next token.
+    pub fn submit(&mut self, tokens: usize, answer: Option<usize>) {
+        self.under_way += tokens;
+        if let Some(answer) = answer {
+            self.ahead += 1;
+            self.answer = answer;
+        }
     }
 
     /// The choice `choice` of this sequence, sharing all its blocks. Called once the prompt is
@@ -161,13 +197,14 @@ impl Sequence {
         self.publication = Publication::Upto { blocks, link };
     }
 
-    /// Gives all blocks back. What was computed is lost to this sequence, unless it is found again
-    /// in the prefix cache.
+    /// Gives all blocks back. What was computed or is under way is lost to this sequence, unless it is found
+    /// again in the prefix cache.
     pub fn release(&mut self, pool: &mut BlockPool) {
         pool.release_chain(&mut self.blocks);
         self.computed = 0;
         self.cached = 0;
         self.planned = 0;
+        (self.under_way, self.ahead) = (0, 0);
         self.prompt_logprobs.clear();
         self.publication = Publication::Off;
     }
@@ -179,8 +216,12 @@ impl Sequence {
         if self.finished.is_some() || self.computed >= self.tokens.len() {
             return Err(format!("{id:?} runs and has nothing to compute"));
         }
-        if self.computed > self.blocks.len() * block_size || self.blocks.len() > self.blocks_needed() {
-            return Err(format!("{id:?} holds {} blocks, {} computed", self.blocks.len(), self.computed));
+        if self.position() > self.blocks.len() * block_size || self.blocks.len() > self.blocks_needed() {
+            return Err(format!("{id:?} holds {} blocks, {} computed", self.blocks.len(), self.position()));
+        }
+        let (under_way, ahead) = (self.under_way, self.ahead);
+        if under_way < ahead || self.position() > self.tokens.len() + ahead {
+            return Err(format!("{id:?} has {under_way} tokens under way that choose {ahead}"));
         }
         if let Publication::Upto { blocks, .. } = self.publication
             && blocks != self.computed / block_size

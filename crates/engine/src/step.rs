@@ -1,9 +1,10 @@
 //! Turns a plan into the arrays that the model computes from.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::request::TokenId;
-use crate::runner::{Draw, History, LogitsRow, SequenceId, Step, StepSequence, Want};
+use crate::runner::{Draw, FromLast, History, LogitsRow, SequenceId, Step, StepSequence, Want};
 use crate::scheduler::Plan;
 use crate::sequence::Sequence;
 
@@ -20,8 +21,8 @@ pub(crate) fn build_step(plan: &Plan, running: &[Sequence], block_size: usize, s
 fn push_sequence(sequence: &Sequence, count: usize, block_size: usize, step: &mut Step) {
     let first_token = step.tokens.len();
     let first_block = step.blocks.len();
-    let positions = sequence.computed..sequence.computed + count;
-    step.tokens.extend_from_slice(&sequence.tokens[positions.clone()]);
+    let positions = sequence.position()..sequence.position() + count;
+    push_tokens(sequence, positions.clone(), step);
     step.positions.extend(positions.clone().map(|position| position as u32));
     step.slots.extend(positions.clone().map(|position| {
         let block = sequence.blocks[position / block_size];
@@ -35,8 +36,18 @@ fn push_sequence(sequence: &Sequence, count: usize, block_size: usize, step: &mu
         context_len: positions.end as u32,
     });
     push_scores(sequence, first_token, count, step);
-    if positions.end == sequence.tokens.len() {
+    if positions.end == sequence.tokens.len() + sequence.ahead {
         push_draws(sequence, step);
+    }
+}
+
+/// The tokens at these positions; the last may be one that the step before is still choosing.
+fn push_tokens(sequence: &Sequence, positions: Range<usize>, step: &mut Step) {
+    let known = sequence.tokens.len().min(positions.end);
+    step.tokens.extend_from_slice(&sequence.tokens[positions.start.min(known)..known]);
+    for _ in known..positions.end {
+        step.from_last.push(FromLast { token: step.tokens.len(), answer: sequence.answer });
+        step.tokens.push(0);
     }
 }
 
@@ -45,7 +56,7 @@ fn push_scores(sequence: &Sequence, first_token: usize, count: usize, step: &mut
     let (false, Some(top)) = (sequence.prompt_scored, sequence.request.sampling.prompt_logprobs) else {
         return;
     };
-    let targets = &sequence.request.prompt[sequence.computed + 1..];
+    let targets = sequence.request.prompt.get(sequence.position() + 1..).unwrap_or_default();
     for (offset, target) in targets.iter().take(count).enumerate() {
         let want = Want::Score { target: *target, top };
         step.rows.push(LogitsRow { row: first_token + offset, sequence: sequence.id, want });
@@ -64,7 +75,8 @@ fn push_draws(sequence: &Sequence, step: &mut Step) {
 
 fn draw(sequence: &Sequence, choice: u32) -> Draw {
     let request = &sequence.request;
-    let may_stop = sequence.generated() >= request.stop.min_tokens as usize;
+    let index = sequence.generated() + sequence.ahead;
+    let may_stop = index >= request.stop.min_tokens as usize;
     let banned: Arc<[TokenId]> = match may_stop {
         true => Arc::clone(&sequence.nothing),
         false => Arc::clone(&request.stop.stop_token_ids),
@@ -73,11 +85,5 @@ fn draw(sequence: &Sequence, choice: u32) -> Draw {
         prompt: Arc::clone(&request.prompt),
         output: sequence.tokens[sequence.prompt_len()..].to_vec(),
     });
-    Draw {
-        sampling: Arc::clone(&request.sampling),
-        choice,
-        output_index: sequence.generated() as u32,
-        banned,
-        history,
-    }
+    Draw { sampling: Arc::clone(&request.sampling), choice, output_index: index as u32, banned, history }
 }

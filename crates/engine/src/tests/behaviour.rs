@@ -212,6 +212,16 @@ fn without_a_prefix_cache_nothing_is_kept() {
 }
 
 #[test]
+fn the_cache_tells_how_much_of_a_prompt_it_holds() {
+    let mut checked = Checked::new(config(32));
+    checked.add(request(1, &prompt(1, 11), 2)).unwrap();
+    checked.finish(10);
+    let held = |tokens: &[u32], salt| checked.engine.cached_tokens(tokens, salt);
+    assert_eq!(held(&prompt(1, 30), 0), 8, "two of its blocks were full");
+    assert_eq!([held(&prompt(1, 7), 0), held(&prompt(2, 11), 0), held(&prompt(1, 11), 7)], [4, 0, 0]);
+}
+
+#[test]
 fn a_snapshot_shows_who_holds_what_and_who_waits() {
     let mut checked = Checked::new(EngineConfig { max_running: 1, ..config(8) });
     checked.add(request(1, &prompt(1, 9), 4)).unwrap();

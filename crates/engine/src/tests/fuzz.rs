@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::harness::*;
 use crate::block_hash::weakened;
 use crate::{
-    AdmissionError, EngineConfig, FinishReason, Request, RequestId, RunnerError, SamplingParams,
+    AdmissionError, EngineConfig, FinishReason, ModelRunner, Request, RequestId, RunnerError, SamplingParams,
     StopConditions,
 };
 
@@ -37,7 +37,8 @@ struct Workload {
 }
 
 impl Workload {
-    fn new(seed: u64) -> Self {
+    /// With a runner that takes `steps_at_once`.
+    fn new(seed: u64, steps_at_once: usize) -> Self {
         let mut random = Random(seed);
         let config = draw_config(&mut random);
         let weights = Weights {
@@ -54,7 +55,7 @@ impl Workload {
             families: 1 + random.below(4),
             max_choices: random.range(1, 4),
             fatal: random.one_in(4),
-            checked: Checked::new(config),
+            checked: Checked::taking(steps_at_once, config),
             random,
         }
     }
@@ -71,12 +72,13 @@ impl Workload {
     }
 
     /// Nobody starves: each step computes at least one token of the request that goes first and is
-    /// never preempted, and what it computes is bounded.
+    /// never preempted, and what it computes is bounded. With two steps at once it may have to wait for its own
+    /// token every other time.
     fn bound(&self) -> u64 {
         let requests = self.checked.requests.values();
-        10 + requests
-            .map(|r| u64::from(r.n) * (r.prompt.len() as u64 + u64::from(r.stop.max_tokens)))
-            .sum::<u64>()
+        let tokens: u64 =
+            requests.map(|r| u64::from(r.n) * (r.prompt.len() as u64 + u64::from(r.stop.max_tokens))).sum();
+        10 + tokens * self.checked.engine.runner().steps_at_once() as u64
     }
 
     fn operate(&mut self) {
@@ -230,6 +232,12 @@ fn draw_prompt(random: &mut Random, families: u64) -> Vec<u32> {
     tokens
 }
 
+/// With a runner that computes one step at a time, and with one that takes the next meanwhile.
+fn run_both_ways(seed: u64) {
+    Workload::new(seed, 1).run();
+    Workload::new(seed, 2).run();
+}
+
 /// Runs one seed and prints it if it fails.
 fn run_seed(seed: u64) {
     struct Announce(u64);
@@ -243,8 +251,8 @@ fn run_seed(seed: u64) {
     let _announce = Announce(seed);
     // Every fourth run meets hash collisions all the time.
     match seed % 4 {
-        3 => weakened::to_bits(1 + (seed / 4 % 4) as u32, || Workload::new(seed).run()),
-        _ => Workload::new(seed).run(),
+        3 => weakened::to_bits(1 + (seed / 4 % 4) as u32, || run_both_ways(seed)),
+        _ => run_both_ways(seed),
     }
 }
 
@@ -275,9 +283,15 @@ fn random_workloads_last_quarter() {
 /// The workloads do reach what they are meant to test.
 #[test]
 fn the_workloads_meet_every_situation() {
+    for steps_at_once in [1, 2] {
+        meet_every_situation(steps_at_once);
+    }
+}
+
+fn meet_every_situation(steps_at_once: usize) {
     let (mut hits, mut preemptions, mut errors, mut aborts, mut forks) = (0, 0, 0, 0, 0);
     for seed in 0..200 {
-        let mut workload = Workload::new(seed);
+        let mut workload = Workload::new(seed, steps_at_once);
         workload.run();
         let stats = workload.checked.engine.stats();
         hits += stats.prefix_hit_tokens;
@@ -298,7 +312,7 @@ fn the_workloads_meet_every_situation() {
 fn the_same_seed_gives_the_same_steps() {
     for seed in 0..50 {
         let [first, second] = [(); 2].map(|()| {
-            let mut workload = Workload::new(seed);
+            let mut workload = Workload::new(seed, 1 + seed as usize % 2);
             workload.run();
             workload.checked.trace
         });
