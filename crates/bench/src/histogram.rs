@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn buckets_tell_where_the_values_lie() {
         let mut histogram = Histogram::default();
-        [5, 5, 1000].map(|micros| histogram.record(Duration::from_micros(micros)));
+        [5, 5, 1000].into_iter().for_each(|micros| histogram.record(Duration::from_micros(micros)));
         let buckets: Vec<_> = histogram.buckets().collect();
         assert_eq!(buckets.iter().map(|bucket| bucket.2).collect::<Vec<_>>(), [2, 1]);
         for ((low, high, _), micros) in buckets.into_iter().zip([5, 1000]) {

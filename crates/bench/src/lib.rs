@@ -3,6 +3,7 @@
 pub mod arrivals;
 pub mod client;
 pub mod clock;
+pub mod compare;
 pub mod definitions;
 pub mod find_rate;
 mod histogram;
@@ -13,8 +14,10 @@ pub mod offline;
 pub mod output;
 pub mod phases;
 pub mod prompt;
+pub mod report;
 pub mod result;
 pub mod run;
+pub mod saved;
 pub mod server;
 pub mod session;
 pub mod slo;

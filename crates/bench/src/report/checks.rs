@@ -12,7 +12,9 @@ pub fn section(result: &BenchResult) -> Section {
          tokens the server had not to compute.",
     );
     section.table(table(result));
-    if let Some(clock) = result.points.iter().flat_map(|point| &point.repeats).map(|repeat| repeat.client.clock).next() {
+    if let Some(clock) =
+        result.points.iter().flat_map(|point| &point.repeats).map(|repeat| repeat.client.clock).next()
+    {
         section.text(format!("Times of tokens {}.", clock_text(clock)));
     }
     section
@@ -21,7 +23,9 @@ pub fn section(result: &BenchResult) -> Section {
 /// Where the times of tokens come from.
 pub fn clock_text(clock: ArrivalClock) -> &'static str {
     match clock {
-        ArrivalClock::Kernel => "are the kernel's, of the arrival of their packets: a client that reads late does not lengthen them",
+        ArrivalClock::Kernel => {
+            "are the kernel's, of the arrival of their packets: a client that reads late does not lengthen them"
+        }
         ArrivalClock::Read => "are those of the reads: a client that reads late lengthens them",
         ArrivalClock::Step => "are the ends of the engine's steps",
     }
@@ -56,6 +60,7 @@ fn table(result: &BenchResult) -> Table {
 fn row(load: String, repeat: &Repeat) -> Vec<Cell> {
     let client = &repeat.client;
     let followed = match &client.bound {
+        None if client.clock == ArrivalClock::Step => Cell::from("none: in process"),
         None => Cell::toned("kept up", Tone::Good),
         Some(reason) => Cell::toned(format!("client-bound: {reason}"), Tone::Bad),
     };
@@ -77,5 +82,10 @@ fn row(load: String, repeat: &Repeat) -> Vec<Cell> {
 
 fn cache(repeat: &Repeat) -> String {
     let Some(delta) = &repeat.prefix_cache else { return "no counters".into() };
-    format!("{} of {} tokens found, {}", count(delta.hit_tokens), count(delta.query_tokens), percent(delta.hit_rate()))
+    format!(
+        "{} of {} tokens found, {}",
+        count(delta.hit_tokens),
+        count(delta.query_tokens),
+        percent(delta.hit_rate())
+    )
 }

@@ -87,7 +87,11 @@ impl Details {
                 return Err(DetailsError::TooLong { path: path.to_owned(), line });
             }
             let record = serde_json::from_slice(&text);
-            details.add(&record.map_err(|source| DetailsError::Record { path: path.to_owned(), line, source })?);
+            details.add(&record.map_err(|source| DetailsError::Record {
+                path: path.to_owned(),
+                line,
+                source,
+            })?);
         }
         Ok(details)
     }
@@ -97,7 +101,9 @@ impl Details {
         if record.phase != Phase::Measured {
             return;
         }
-        if record.is_completed() && (self.samples.len() < MAX_POINTS || self.samples.contains_key(&record.point)) {
+        if record.is_completed()
+            && (self.samples.len() < MAX_POINTS || self.samples.contains_key(&record.point))
+        {
             self.samples.entry(record.point).or_default().add(record);
         }
         let key = (record.point, record.repeat);
@@ -147,7 +153,11 @@ impl Span {
             first_token: record.first_token_seconds,
             end: record.last_token_seconds.filter(|_| record.is_completed()).unwrap_or(record.end_seconds),
             pauses: pauses(record),
-            input_tokens: if record.usage.is_some() { usage.prompt_tokens } else { record.wanted_input_tokens },
+            input_tokens: if record.usage.is_some() {
+                usage.prompt_tokens
+            } else {
+                record.wanted_input_tokens
+            },
             output_tokens: if record.usage.is_some() { usage.completion_tokens } else { record.chunks },
             failure: match &record.outcome {
                 Outcome::Failed { class, .. } => Some(class.name()),

@@ -10,6 +10,9 @@ const BARS: usize = 48;
 /// Samples whose 99th percentile is that many times the first get a logarithmic axis.
 const WIDE: f64 = 12.0;
 
+/// A bar of so many percent leaves the others no room.
+const TOWERING: f64 = 60.0;
+
 /// From, to, and how much of the sample lies between.
 type Part = (f64, f64, f64);
 
@@ -26,14 +29,15 @@ pub fn figure(name: &str, numbers: &Distribution, samples: Option<&Histogram>) -
     }
     let scale = scale(numbers);
     let bars = bars(&parts, scale, total);
+    let (shares, unit) = shares(&bars);
     let mut plot = Plot::new(
         Axis::new(format!("{name} (ms{})", if is_log(scale) { ", logarithmic" } else { "" }), scale),
-        Axis::new(format!("share of {}", what(name)), Scale::from_zero(bars.iter().map(|bar| 100.0 * bar.2))),
+        Axis::new(format!("share of {} ({unit})", what(name)), shares),
     );
-    plot.y.label += " (%)";
     plot.right = Some(Axis::new("at most that long (%)", Scale::between(0.0, 100.0)));
     let shown = |(from, to, share): &Part| {
-        let text = format!("{} to {} ms: {}", number::shown(*from), number::shown(*to), number::percent(*share));
+        let text =
+            format!("{} to {} ms: {}", number::shown(*from), number::shown(*to), number::percent(*share));
         (*from, *to, 100.0 * share, text)
     };
     let bars = bars.iter().filter(|bar| bar.2 > 0.0).map(shown).collect();
@@ -45,8 +49,12 @@ pub fn figure(name: &str, numbers: &Distribution, samples: Option<&Histogram>) -
         points: cumulative(&parts, scale, total),
         on_right: true,
     });
-    for (rank, (label, at)) in [("p50", numbers.median), ("p90", numbers.p90), ("p99", numbers.p99)].into_iter().enumerate() {
-        plot.layers.push(Layer::Upright { at, label: format!("{label} {}", number::shown(at)), rank });
+    // Each label stands to the right of its line and below the cumulative one.
+    for (label, at, label_height) in
+        [("p50", numbers.median, 0.41), ("p90", numbers.p90, 0.79), ("p99", numbers.p99, 0.89)]
+    {
+        let label = format!("{label} {}", number::shown(at));
+        plot.layers.push(Layer::Upright { at, label, label_height });
     }
     let caption = format!(
         "{} {}: mean {} ms, standard deviation {} ms, longest {} ms.",
@@ -57,6 +65,18 @@ pub fn figure(name: &str, numbers: &Distribution, samples: Option<&Histogram>) -
         number::shown(numbers.max)
     );
     Some(Figure::new(format!("{name}: distribution"), caption, &plot))
+}
+
+/// The axis of the bars, in percent. Where one bar towers over all, as between the steps of a steady batch, only a
+/// logarithmic one shows the others.
+fn shares(bars: &[Part]) -> (Scale, &'static str) {
+    let percents: Vec<f64> = bars.iter().map(|bar| 100.0 * bar.2).filter(|percent| *percent > 0.0).collect();
+    let highest = percents.iter().copied().fold(0.0, f64::max);
+    if highest < TOWERING {
+        return (Scale::from_zero(percents), "%");
+    }
+    let lowest = percents.iter().copied().fold(highest, f64::min).max(0.01);
+    (Scale::Log { min: lowest / 2.0, max: 100.0 }, "%, logarithmic")
 }
 
 fn what(name: &str) -> &'static str {
@@ -95,7 +115,9 @@ fn bars(parts: &[Part], scale: Scale, total: f64) -> Vec<Part> {
     for &(from, to, amount) in parts {
         let place = |value: f64| scale.place(value) * BARS as f64;
         let (first, last) = (place(from), place(to));
-        for (at, bar) in bars.iter_mut().enumerate().take(last.ceil() as usize + 1).skip((first as usize).min(BARS - 1)) {
+        for (at, bar) in
+            bars.iter_mut().enumerate().take(last.ceil() as usize + 1).skip((first as usize).min(BARS - 1))
+        {
             bar.2 += amount / total * overlap((first, last), at);
         }
     }
@@ -135,7 +157,9 @@ mod tests {
 
     #[test]
     fn bars_hold_the_whole_sample() {
-        for values in [vec![5.0; 10], (1..1000).map(f64::from).collect(), vec![1.0, 1.0, 5000.0], vec![0.0, 3.0]] {
+        for values in
+            [vec![5.0; 10], (1..1000).map(f64::from).collect(), vec![1.0, 1.0, 5000.0], vec![0.0, 3.0]]
+        {
             let numbers = distribution(&mut values.clone());
             let mut histogram = Histogram::default();
             values.iter().for_each(|ms| histogram.record(Duration::from_secs_f64(ms / 1000.0)));

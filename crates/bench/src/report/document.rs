@@ -12,7 +12,8 @@ const MAX_ROWS: usize = 300;
 #[derive(Clone, Debug, Serialize)]
 pub struct Document {
     pub title: String,
-    pub subtitle: String,
+    /// What, where and when in short.
+    pub summary: Vec<Fact>,
     pub verdict: Verdict,
     pub tiles: Vec<Tile>,
     pub sections: Vec<Section>,
@@ -122,7 +123,8 @@ pub struct Bar {
 impl Bar {
     /// `share` is how much of the space it fills; more than 1 is shown as full.
     pub fn new(label: impl Into<String>, share: f64, text: impl Into<String>, tone: Tone) -> Self {
-        let filled_percent = if share.is_finite() { (1000.0 * share).round().clamp(0.0, 1000.0) / 10.0 } else { 0.0 };
+        let filled_percent =
+            if share.is_finite() { (1000.0 * share).round().clamp(0.0, 1000.0) / 10.0 } else { 0.0 };
         Self { label: label.into(), filled_percent, text: text.into(), tone }
     }
 }
@@ -170,16 +172,18 @@ pub struct Cell {
     pub tone: Tone,
     /// Shown on hovering: what the text means.
     pub definition: Option<&'static str>,
+    /// Id of the section that says more.
+    pub link: Option<String>,
 }
 
 impl Cell {
     pub fn toned(text: impl Into<String>, tone: Tone) -> Self {
-        Self { text: text.into(), tone, definition: None }
+        Self { text: text.into(), tone, ..Self::default() }
     }
 
     /// A word that is defined.
     pub fn term(word: &str) -> Self {
-        Self { text: word.into(), tone: Tone::Plain, definition: definition(word) }
+        Self { text: word.into(), definition: definition(word), ..Self::default() }
     }
 }
 

@@ -53,7 +53,10 @@ mod tests {
     #[test]
     fn nothing_ends_an_element_or_an_attribute() {
         assert_eq!(html("a plain name"), "a plain name");
-        assert_eq!(html("</script><img src='x' onerror=\"1\">&\u{0}"), "&lt;/script&gt;&lt;img src=&#39;x&#39; onerror=&quot;1&quot;&gt;&amp;\u{fffd}");
+        assert_eq!(
+            html("</script><img src='x' onerror=\"1\">&\u{0}"),
+            "&lt;/script&gt;&lt;img src=&#39;x&#39; onerror=&quot;1&quot;&gt;&amp;\u{fffd}"
+        );
         assert_eq!(html("a\u{202e}b"), "a\u{fffd}b");
     }
 

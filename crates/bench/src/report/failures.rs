@@ -38,7 +38,8 @@ fn bars(result: &BenchResult) -> Vec<Bar> {
     let mut classes: Vec<(&str, u64)> = classes.into_iter().collect();
     classes.sort_by_key(|(_, amount)| std::cmp::Reverse(*amount));
     let bar = |(name, amount): (&str, u64)| {
-        let text = format!("{} ({} of the failures)", count(amount), percent(amount as f64 / total.max(1) as f64));
+        let text =
+            format!("{} ({} of the failures)", count(amount), percent(amount as f64 / total.max(1) as f64));
         Bar::new(name, amount as f64 / most as f64, text, Tone::Bad)
     };
     classes.into_iter().map(bar).collect()

@@ -5,17 +5,41 @@ use super::limits;
 use super::number::{count, percent, shown};
 use crate::result::{ArrivalClock, BenchResult, Header, Metrics, Point, PromptForm, Repeat, TargetInfo};
 
+/// Faults that are listed at the top.
+const MAX_FAULTS: usize = 6;
+
 pub fn title(header: &Header) -> String {
     header.label.clone().unwrap_or_else(|| format!("{}: {}", header.model.id, header.workload.name))
 }
 
-pub fn subtitle(header: &Header) -> String {
+/// What, where and when in short; the rest is at the end of the report.
+pub fn summary(header: &Header) -> Vec<Fact> {
+    let dtype = header.model.dtype.as_ref().map_or(String::new(), |dtype| format!(", {dtype}"));
     let hardware = header.hardware.as_deref().unwrap_or("hardware not stated");
+    let gpus =
+        header.gpus.map_or(String::new(), |gpus| format!(", {gpus} GPU{}", if gpus == 1 { "" } else { "s" }));
     let place = match &header.target {
         TargetInfo::Http { url, .. } => url.as_str(),
-        TargetInfo::Offline { .. } => "in the process of the load generator",
+        TargetInfo::Offline { .. } => "the engine in the process of the load generator",
     };
-    format!("{} on {hardware}, {place}, {}", header.model.id, date(header.started_unix_seconds))
+    let workload = &header.workload;
+    let settings =
+        workload.settings.iter().map(|(name, value)| format!(", {} {value}", name.replace('_', " ")));
+    vec![
+        Fact::new("what", format!("{}{dtype}", header.model.id)),
+        Fact::new("where", format!("{hardware}{gpus}; {place}")),
+        Fact::new(
+            "asked",
+            format!("{}{}, seed {}", workload.name, settings.collect::<String>(), workload.seed),
+        ),
+        Fact::new("when", format!("{}, {}", date(header.started_unix_seconds), tool(header))),
+        Fact::new("command", header.command.join(" ")),
+    ]
+}
+
+fn tool(header: &Header) -> String {
+    let commit = header.tool_commit.as_deref().unwrap_or("unknown");
+    format!("servelab {}, commit {commit}", header.tool_version)
 }
 
 fn date(unix_seconds: u64) -> String {
@@ -27,7 +51,9 @@ fn date(unix_seconds: u64) -> String {
 
 /// Of the point with the highest throughput; none if nothing completed.
 pub fn tiles(result: &BenchResult) -> Vec<Tile> {
-    let Some(point) = result.best_point().filter(|point| point.metrics.completed > 0) else { return Vec::new() };
+    let Some(point) = result.best_point().filter(|point| point.metrics.completed > 0) else {
+        return Vec::new();
+    };
     let metrics = &point.metrics;
     let mut tiles = vec![
         throughput(point),
@@ -73,7 +99,8 @@ fn requests(metrics: &Metrics) -> Tile {
 }
 
 fn goodput(metrics: &Metrics) -> Option<Tile> {
-    let note = metrics.slo_attainment.map_or(String::new(), |share| format!("{} kept the SLO", percent(share)));
+    let note =
+        metrics.slo_attainment.map_or(String::new(), |share| format!("{} kept the SLO", percent(share)));
     Some(tile("goodput", shown(metrics.request_goodput?), "requests/s", note))
 }
 
@@ -82,7 +109,11 @@ fn of_limit(point: &Point) -> Option<Tile> {
     let row = known.rows.iter().find(|row| row.metric == "output_throughput")?;
     let note = format!("limit {} tokens/s, {}", shown(row.limit), known.hardware);
     let plain = tile("of the limit", percent(limits::share(row)), "", note);
-    Some(if row.beaten { Tile { tone: Tone::Bad, note: "FASTER THAN PHYSICS".into(), ..plain } } else { plain })
+    Some(if row.beaten {
+        Tile { tone: Tone::Bad, note: "FASTER THAN PHYSICS".into(), ..plain }
+    } else {
+        plain
+    })
 }
 
 // ---- whether they may be quoted ----
@@ -96,9 +127,24 @@ pub fn verdict(result: &BenchResult) -> Verdict {
         return Verdict { is_sound: false, headline: "Nothing was measured".into(), reasons, notes };
     }
     if !faults.is_empty() {
-        return Verdict { is_sound: false, headline: "Do not quote these figures".into(), reasons: faults, notes };
+        return Verdict {
+            is_sound: false,
+            headline: "Do not quote these figures".into(),
+            reasons: first(faults),
+            notes,
+        };
     }
     Verdict { is_sound: true, headline: "The checks hold".into(), reasons: reasons(result), notes }
+}
+
+/// The first of many faults, and how many there are: all of them stand in the section of checks.
+fn first(mut faults: Vec<String>) -> Vec<String> {
+    let more = faults.len().saturating_sub(MAX_FAULTS);
+    if more > 0 {
+        faults.truncate(MAX_FAULTS);
+        faults.push(format!("and {more} more; see the checks and the limits below"));
+    }
+    faults
 }
 
 fn repeats(result: &BenchResult) -> impl Iterator<Item = &Repeat> {
@@ -107,12 +153,16 @@ fn repeats(result: &BenchResult) -> impl Iterator<Item = &Repeat> {
 
 fn reasons(result: &BenchResult) -> Vec<String> {
     let worst = |of: fn(&Repeat) -> f64| repeats(result).map(of).fold(0.0, f64::max);
-    let mut reasons = vec![
-        format!(
-            "the client kept up: p99 of the send lag at most {} ms, of the read lag at most {} ms",
-            shown(worst(|repeat| repeat.client.send_lag_p99_ms)),
-            shown(worst(|repeat| repeat.client.read_lag_p99_ms))
+    let send_lag = shown(worst(|repeat| repeat.client.send_lag_p99_ms));
+    let read_lag = shown(worst(|repeat| repeat.client.read_lag_p99_ms));
+    let client = match repeats(result).all(|repeat| repeat.client.clock == ArrivalClock::Step) {
+        true => format!("requests came to the engine between two steps, p99 {send_lag} ms after their time"),
+        false => format!(
+            "the client kept up: p99 of the send lag at most {send_lag} ms, of the read lag at most {read_lag} ms"
         ),
+    };
+    let mut reasons = vec![
+        client,
         format!(
             "Little's law holds in every repeat: at most {} apart",
             percent(worst(|repeat| repeat.littles_law.deviation))
@@ -140,7 +190,10 @@ fn notes(result: &BenchResult) -> Vec<String> {
         shares_machine(header),
         "load generator and server ran on one machine and shared its cores: both were slower for it",
     );
-    note(header.hardware.is_none(), "the hardware under the model is not stated, so there is no limit to compare with");
+    note(
+        header.hardware.is_none(),
+        "the hardware under the model is not stated, so there is no limit to compare with",
+    );
     let reads = repeats(result).any(|repeat| repeat.client.clock == ArrivalClock::Read);
     note(reads, "times of tokens are those of the reads: a client that reads late lengthens them");
     let lacks_gaps = result.points.iter().any(|point| point.metrics.requests_without_gaps > 0);
@@ -208,7 +261,9 @@ fn workload(header: &Header) -> Vec<Fact> {
     if !workload.description.is_empty() {
         facts.push(Fact::new("that is", workload.description.as_str()));
     }
-    facts.extend(workload.settings.iter().map(|(name, value)| Fact::new(name.replace('_', " "), value.as_str())));
+    facts.extend(
+        workload.settings.iter().map(|(name, value)| Fact::new(name.replace('_', " "), value.as_str())),
+    );
     facts.push(Fact::new("prompts", format!("{form}; {salted}")));
     facts.push(Fact::new("seed", workload.seed.to_string()));
     facts.push(Fact::new("temperature", temperature));
@@ -219,10 +274,9 @@ fn workload(header: &Header) -> Vec<Fact> {
 
 fn machine(header: &Header) -> Vec<Fact> {
     let client = &header.client;
-    let tool = header.tool_commit.as_deref().unwrap_or("unknown");
     let mut facts = vec![
         Fact::new("measured", date(header.started_unix_seconds)),
-        Fact::new("load generator", format!("servelab {}, commit {tool}", header.tool_version)),
+        Fact::new("load generator", tool(header)),
         Fact::new("load came from", format!("{}, {} cores, {}", client.cpu, client.cores, client.os)),
         Fact::new(
             "time-outs",
@@ -237,7 +291,8 @@ fn machine(header: &Header) -> Vec<Fact> {
         Fact::new("command", header.command.join(" ")),
     ];
     if shares_machine(header) {
-        facts.push(Fact::new("shared", "load generator and server ran on this machine, and shared its cores"));
+        facts
+            .push(Fact::new("shared", "load generator and server ran on this machine, and shared its cores"));
     }
     facts.extend(header.metadata.iter().map(|(name, value)| Fact::new(name.as_str(), value.as_str())));
     facts

@@ -2,13 +2,43 @@
 
 use super::details::Details;
 use super::document::{Cell, Column, Fact, Section, Table, Tone};
-use super::number::{count, percent, shown};
+use super::number::{self, count, percent};
 use super::{distributions, over_time, timeline};
-use crate::result::{Distribution, Metrics, Point, Repeat};
+use crate::result::{BenchResult, Distribution, Metrics, Point, Repeat};
+
+/// Levels that are shown in full. More would make the file large and nobody look at it.
+pub const MAX_SHOWN: usize = 12;
+
+/// The levels that are shown in full: the best, the first, the last and some between.
+pub fn in_full(result: &BenchResult) -> Vec<usize> {
+    let mut numbers = evenly(result.points.len(), MAX_SHOWN);
+    numbers.extend((0..result.points.len()).find(|number| is_best(result, *number)));
+    numbers.sort_unstable();
+    numbers.dedup();
+    numbers
+}
+
+/// Whether it is the level that stands for the whole.
+pub fn is_best(result: &BenchResult, number: usize) -> bool {
+    result.best_point().is_some_and(|best| std::ptr::eq(best, &result.points[number]))
+}
+
+/// At most `most` of the numbers below `count`, the first and the last among them.
+fn evenly(count: usize, most: usize) -> Vec<usize> {
+    if count <= most {
+        return (0..count).collect();
+    }
+    (0..most).map(|at| at * (count - 1) / (most - 1).max(1)).collect()
+}
+
+/// Of the link to the section of a level.
+pub fn id(number: usize) -> String {
+    format!("level-{number}")
+}
 
 /// Of the point with that number.
 pub fn section(point: &Point, number: usize, details: &Details) -> Section {
-    let mut section = Section::new(format!("level-{number}"), format!("Load: {}", point.load));
+    let mut section = Section::new(id(number), format!("Load: {}", point.load));
     section.facts(facts(point));
     section.table(latencies(point));
     let samples = details.samples(number);
@@ -46,8 +76,10 @@ pub fn typical(repeats: &[Repeat]) -> Option<&Repeat> {
 /// A pooled figure with the interval of its mean over the repeats.
 fn with_interval(point: &Point, key: &str, value: f64, unit: &str) -> String {
     match point.intervals.get(key) {
-        Some(interval) => format!("{} +/- {} {unit}", shown(value), shown(interval.half_width)),
-        None => format!("{} {unit}", shown(value)),
+        Some(interval) => {
+            format!("{} +/- {} {unit}", number::shown(value), number::shown(interval.half_width))
+        }
+        None => format!("{} {unit}", number::shown(value)),
     }
 }
 
@@ -55,25 +87,43 @@ fn facts(point: &Point) -> Vec<Fact> {
     let metrics = &point.metrics;
     let mut facts = vec![
         Fact::new("requests", requests(point)),
-        Fact::new("request throughput", with_interval(point, "request_throughput", metrics.request_throughput, "requests/s")),
+        Fact::new(
+            "request throughput",
+            with_interval(point, "request_throughput", metrics.request_throughput, "requests/s"),
+        ),
         Fact::new("output throughput", output(point)),
         Fact::new(
             "total throughput",
-            with_interval(point, "total_token_throughput", metrics.total_token_throughput, "tokens/s, in and out"),
+            with_interval(
+                point,
+                "total_token_throughput",
+                metrics.total_token_throughput,
+                "tokens/s, in and out",
+            ),
         ),
         Fact::new(
             "in flight",
-            format!("{} on average, {} at most", shown(metrics.mean_in_flight), count(u64::from(metrics.peak_in_flight))),
+            format!(
+                "{} on average, {} at most",
+                number::shown(metrics.mean_in_flight),
+                count(u64::from(metrics.peak_in_flight))
+            ),
         ),
         Fact::new("tokens of a request", tokens(metrics)),
     ];
     if metrics.prompt_tokens > 0 {
         let share = metrics.cached_prompt_tokens as f64 / metrics.prompt_tokens as f64;
-        facts.push(Fact::new("cached", format!("{} of the prompt tokens, by the answers' usage", percent(share))));
+        facts.push(Fact::new(
+            "cached",
+            format!("{} of the prompt tokens, by the answers' usage", percent(share)),
+        ));
     }
     if let (Some(goodput), Some(share)) = (metrics.request_goodput, metrics.slo_attainment) {
         let goodput = with_interval(point, "request_goodput", goodput, "requests/s");
-        facts.push(Fact::new("goodput", format!("{goodput}; {} of the requests kept the SLO", percent(share))));
+        facts.push(Fact::new(
+            "goodput",
+            format!("{goodput}; {} of the requests kept the SLO", percent(share)),
+        ));
     }
     facts
 }
@@ -91,7 +141,7 @@ fn requests(point: &Point) -> String {
             1 => "1 repeat".to_owned(),
             repeats => format!("{repeats} repeats"),
         },
-        shown(metrics.duration_seconds),
+        number::shown(metrics.duration_seconds),
         count(sum(|repeat| repeat.warm_up_requests)),
         count(sum(|repeat| repeat.cool_down_requests))
     );
@@ -101,13 +151,13 @@ fn requests(point: &Point) -> String {
 fn output(point: &Point) -> String {
     let metrics = &point.metrics;
     let mean = with_interval(point, "output_throughput", metrics.output_throughput, "tokens/s");
-    format!("{mean}; {} in the best second", shown(metrics.peak_output_tokens_per_second))
+    format!("{mean}; {} in the best second", number::shown(metrics.peak_output_tokens_per_second))
 }
 
 fn tokens(metrics: &Metrics) -> String {
     let one = |tokens: &Distribution| match tokens.min == tokens.max {
-        true => shown(tokens.mean),
-        false => format!("{} on average ({} to {})", shown(tokens.mean), tokens.min, tokens.max),
+        true => number::shown(tokens.mean),
+        false => format!("{} on average ({} to {})", number::shown(tokens.mean), tokens.min, tokens.max),
     };
     format!("in {}; out {}", one(&metrics.input_tokens), one(&metrics.output_tokens))
 }
@@ -135,10 +185,10 @@ fn latencies(point: &Point) -> Table {
             continue;
         }
         let interval = point.intervals.get(&format!("mean_{key}_ms"));
-        let half_width = interval.map_or("-".into(), |interval| shown(interval.half_width));
+        let half_width = interval.map_or("-".into(), |interval| number::shown(interval.half_width));
         let Distribution { mean, median, p90, p95, p99, p99_9, max, .. } = values;
-        let mut row = vec![Cell::term(name), shown(*mean).into(), half_width.into()];
-        row.extend([median, p90, p95, p99, p99_9, max].map(|value| Cell::from(shown(*value))));
+        let mut row = vec![Cell::term(name), number::shown(*mean).into(), half_width.into()];
+        row.extend([median, p90, p95, p99, p99_9, max].map(|value| Cell::from(number::shown(*value))));
         table.rows.push(row);
     }
     table
@@ -146,7 +196,16 @@ fn latencies(point: &Point) -> Table {
 
 /// The repeats beside each other, with what speaks for and against each.
 fn repeats(point: &Point) -> Table {
-    let columns = ["repeat", "req/s", "out tok/s", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms", "ITL p99, ms", "failed"];
+    let columns = [
+        "repeat",
+        "req/s",
+        "out tok/s",
+        "TTFT p50, ms",
+        "TTFT p99, ms",
+        "TPOT p50, ms",
+        "ITL p99, ms",
+        "failed",
+    ];
     let mut table = Table {
         caption: "Repeats, each a run of its own.".into(),
         columns: columns.into_iter().map(Column::number).chain([Column::text("verdict")]).collect(),
@@ -164,7 +223,7 @@ fn repeats(point: &Point) -> Table {
                 metrics.tpot_ms.median,
                 metrics.itl_ms.p99,
             ]
-            .map(|value| Cell::from(shown(value))),
+            .map(|value| Cell::from(number::shown(value))),
         );
         row.push(count(metrics.failed).into());
         row.push(verdict(repeat));
@@ -179,5 +238,16 @@ fn verdict(repeat: &Repeat) -> Cell {
         (true, false) => Cell::toned("sound", Tone::Good),
         (true, true) => Cell::from("ended early"),
         (false, _) => Cell::toned(faults.join("; "), Tone::Bad),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_of_many_levels_are_shown() {
+        assert_eq!(evenly(3, 12), [0, 1, 2]);
+        assert_eq!(evenly(100, 4), [0, 33, 66, 99]);
     }
 }

@@ -9,7 +9,9 @@ pub fn section(result: &BenchResult) -> Section {
     let known: Vec<(&Point, &LimitRow)> = result
         .points
         .iter()
-        .flat_map(|point| point.limits.iter().flat_map(move |limits| limits.rows.iter().map(move |row| (point, row))))
+        .flat_map(|point| {
+            point.limits.iter().flat_map(move |limits| limits.rows.iter().map(move |row| (point, row)))
+        })
         .collect();
     let Some(limits) = result.points.iter().find_map(|point| point.limits.as_ref()) else {
         section.text(
@@ -25,6 +27,9 @@ pub fn section(result: &BenchResult) -> Section {
         limits.model, limits.hardware
     ));
     let best = result.best_point();
+    if let Some(best) = best.filter(|_| result.points.len() > 1) {
+        section.text(format!("At the level with the highest throughput, {}:", best.load));
+    }
     let of_best = known.iter().filter(|(point, _)| best.is_some_and(|best| std::ptr::eq(*point, best)));
     section.bars(of_best.map(|(_, row)| bar(row)).collect());
     section.table(table(&known));

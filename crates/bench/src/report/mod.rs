@@ -11,7 +11,7 @@ pub mod document;
 pub mod escape;
 mod failures;
 mod header;
-mod html;
+pub(crate) mod html;
 mod level;
 mod limits;
 mod markdown;
@@ -29,11 +29,11 @@ use document::{Fact, Section};
 use crate::definitions::DEFINITIONS;
 use crate::result::BenchResult;
 
-/// Levels of load that are shown in full. More would make the file large and nobody look at it.
-const MAX_LEVELS: usize = 12;
-
 /// `report.html`.
-pub fn html(result: &BenchResult, details: &Details) -> String {
+///
+/// # Errors
+/// If the page's template does not fit, which the tests rule out.
+pub fn html(result: &BenchResult, details: &Details) -> Result<String, minijinja::Error> {
     html::page(&document(result, details))
 }
 
@@ -55,37 +55,21 @@ pub fn document(result: &BenchResult, details: &Details) -> Document {
     sections.push(definitions());
     Document {
         title: header::title(&result.header),
-        subtitle: header::subtitle(&result.header),
+        summary: header::summary(&result.header),
         verdict: header::verdict(result),
         tiles: header::tiles(result),
         sections,
     }
 }
 
-/// The levels in full. Of several, the one with the highest throughput is open, the others are folded.
+/// Levels in full. Of several, the one with the highest throughput is open, the others are folded.
 fn levels(result: &BenchResult, details: &Details) -> Vec<Section> {
-    let best = result.best_point();
-    let is_best = |number: usize| best.is_some_and(|best| std::ptr::eq(best, &result.points[number]));
-    let mut shown = evenly(result.points.len(), MAX_LEVELS);
-    let best = (0..result.points.len()).find(|number| is_best(*number));
-    if let Some(best) = best.filter(|best| !shown.contains(best)) {
-        shown.push(best);
-        shown.sort_unstable();
-    }
     let section = |number: usize| {
         let mut section = level::section(&result.points[number], number, details);
-        section.is_folded = !is_best(number);
+        section.is_folded = !level::is_best(result, number);
         section
     };
-    shown.into_iter().map(section).collect()
-}
-
-/// At most `most` of the numbers below `count`, the first and the last among them.
-fn evenly(count: usize, most: usize) -> Vec<usize> {
-    if count <= most {
-        return (0..count).collect();
-    }
-    (0..most).map(|at| at * (count - 1) / (most - 1)).collect()
+    level::in_full(result).into_iter().map(section).collect()
 }
 
 fn definitions() -> Section {
@@ -93,15 +77,4 @@ fn definitions() -> Section {
     section.text("Other tools give the same names to other things; these are the definitions used here.");
     section.facts(DEFINITIONS.iter().map(|(word, meaning)| Fact::new(*word, *meaning)).collect());
     section
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn some_of_many_levels_are_shown() {
-        assert_eq!(evenly(3, 12), [0, 1, 2]);
-        assert_eq!(evenly(100, 4), [0, 33, 66, 99]);
-    }
 }

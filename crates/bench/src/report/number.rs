@@ -31,7 +31,12 @@ pub fn short(value: f64) -> String {
 /// A share as a percentage.
 pub fn percent(share: f64) -> String {
     let percent = 100.0 * share;
-    if percent != 0.0 && percent.abs() < 0.1 { format!("{percent:.2} %") } else { format!("{percent:.1} %") }
+    match percent.abs() {
+        none if !none.is_finite() => "-".into(),
+        nothing if nothing < 0.005 => "0 %".into(),
+        little if little < 0.1 => format!("{percent:.2} %"),
+        _ => format!("{percent:.1} %"),
+    }
 }
 
 fn grouped(digits: &str) -> String {
@@ -69,13 +74,14 @@ mod tests {
 
     #[test]
     fn short_numbers_are_short() {
-        for (value, text) in [(0.0, "0"), (0.1, "0.1"), (1234.56, "1235"), (12.3456, "12.35"), (100.0, "100")] {
+        for (value, text) in [(0.0, "0"), (0.1, "0.1"), (1234.56, "1235"), (12.3456, "12.35"), (100.0, "100")]
+        {
             assert_eq!(short(value), text);
         }
     }
 
     #[test]
     fn small_shares_are_not_nothing() {
-        assert_eq!([percent(0.0), percent(0.0004), percent(0.25)], ["0.0 %", "0.04 %", "25.0 %"]);
+        assert_eq!([percent(1e-9), percent(0.0004), percent(0.25)], ["0 %", "0.04 %", "25.0 %"]);
     }
 }

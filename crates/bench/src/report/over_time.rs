@@ -2,7 +2,7 @@
 
 use super::document::Figure;
 use super::number;
-use super::plot::{Axis, Ink, Layer, Mark, Plot, Scale};
+use super::plot::{Axis, Ink, Layer, Mark, Plot, Scale, WIDE};
 use crate::result::{Bucket, Load, Point, Repeat, Spread};
 
 /// The figures of a repeat; none if it has no series.
@@ -12,13 +12,17 @@ pub fn figures(point: &Point, repeat: &Repeat) -> Vec<Figure> {
     if !sound || series.buckets.is_empty() {
         return Vec::new();
     }
-    vec![
+    let mut figures = vec![
         latency(repeat, "TTFT over time", "of the requests whose first token came then", |b| b.ttft_ms),
         latency(repeat, "ITL over time", "of the gaps between tokens that ended then", |b| b.itl_ms),
         in_flight(point, repeat),
         tokens(repeat),
-        requests(repeat),
-    ]
+    ];
+    // In a closed loop one arrives when another completes.
+    if matches!(point.load, Load::Open { .. }) {
+        figures.push(requests(repeat));
+    }
+    figures
 }
 
 /// A plot over the time of a repeat, with what was not measured shaded.
@@ -47,16 +51,17 @@ fn line(repeat: &Repeat, of: impl Fn(&Bucket) -> Option<f64>) -> Vec<(f64, f64)>
 fn latency(repeat: &Repeat, title: &str, what: &str, of: fn(&Bucket) -> Option<Spread>) -> Figure {
     let percentile = |value: fn(Spread) -> f64| line(repeat, move |bucket| of(bucket).map(value));
     let lines = [
-        ("p99", Ink::Orange, Mark::Dotted, percentile(|spread| spread.p99)),
         ("p95", Ink::Amber, Mark::Dashed, percentile(|spread| spread.p95)),
+        ("p99", Ink::Orange, Mark::Dotted, percentile(|spread| spread.p99)),
         ("p50", Ink::Blue, Mark::Line, percentile(|spread| spread.median)),
     ];
-    let highest = lines[0].3.iter().map(|point| point.1);
+    let highest = lines[1].3.iter().map(|point| point.1);
     let mut plot = plot(repeat, Axis::new("ms", Scale::from_zero(highest)));
     for (name, ink, mark, points) in lines {
         plot.layers.push(Layer::line(name, ink, mark, points));
     }
-    let caption = format!("Percentiles {what}, in steps of {} s.", number::short(repeat.series.bucket_seconds));
+    let caption =
+        format!("Percentiles {what}, in steps of {} s.", number::short(repeat.series.bucket_seconds));
     Figure::new(title, caption, &plot)
 }
 
@@ -106,5 +111,6 @@ fn requests(repeat: &Repeat) -> Figure {
         }
     }
     let caption = "Arrivals are those of the schedule. Where they stay above what completes, a queue grows.";
-    Figure::new("Arrivals and completions over time", caption, &plot)
+    plot.width = WIDE;
+    Figure { is_wide: true, ..Figure::new("Arrivals and completions over time", caption, &plot) }
 }

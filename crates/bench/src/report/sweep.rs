@@ -2,12 +2,15 @@
 //! curve of throughput against speed for one user.
 
 use super::document::{Cell, Column, Figure, Section, Table, Tone};
+use super::level;
 use super::number::{self, shown};
 use super::plot::{Axis, Dot, Ink, Layer, Mark, Plot, Scale};
 use crate::result::{BenchResult, Load, Metrics, Point, Search};
 
 /// A limit that lies farther above what was measured would flatten the plot.
 const MAX_LIMIT_ABOVE: f64 = 4.0;
+/// Share of the axis that the label of a tick takes.
+const TICK_ROOM: f64 = 0.09;
 /// Loads that are farther apart get a logarithmic axis.
 const WIDE: f64 = 8.0;
 
@@ -17,7 +20,10 @@ pub fn section(result: &BenchResult) -> Option<Section> {
         return None;
     }
     let mut section = Section::new("levels", "Levels of load");
-    section.table(table(&result.points));
+    section.table(table(result));
+    if result.points.len() > level::MAX_SHOWN {
+        section.text("Below, some of the levels are shown in full.");
+    }
     if let Some(ladder) = Ladder::of(&result.points) {
         section.figures([ladder.throughput(), ladder.tpot(), ladder.ttft(), pareto(result)]);
     } else {
@@ -26,17 +32,28 @@ pub fn section(result: &BenchResult) -> Option<Section> {
     Some(section)
 }
 
-fn table(points: &[Point]) -> Table {
-    let columns = ["req/s", "out tok/s", "in flight", "TTFT p50, ms", "TTFT p99, ms", "TPOT p50, ms", "ITL p99, ms", "failed"];
+fn table(result: &BenchResult) -> Table {
+    let columns = [
+        "req/s",
+        "out tok/s",
+        "in flight",
+        "TTFT p50, ms",
+        "TTFT p99, ms",
+        "TPOT p50, ms",
+        "ITL p99, ms",
+        "failed",
+    ];
     let mut table = Table {
         caption: "One row a level, all repeats of it pooled.".into(),
         columns: std::iter::once(Column::text("Load")).chain(columns.map(Column::number)).collect(),
         rows: Vec::new(),
     };
-    for point in points {
+    let in_full = level::in_full(result);
+    for (number, point) in result.points.iter().enumerate() {
         let metrics = &point.metrics;
         let tone = if metrics.failed > 0 { Tone::Bad } else { Tone::Plain };
-        let mut row = vec![Cell::from(point.load.to_string())];
+        let link = in_full.contains(&number).then(|| level::id(number));
+        let mut row = vec![Cell { link, ..Cell::from(point.load.to_string()) }];
         row.extend(
             [
                 metrics.request_throughput,
@@ -73,12 +90,19 @@ impl<'a> Ladder<'a> {
             Load::Closed { .. } => None,
         };
         let all = |of: &dyn Fn(&Point) -> Option<f64>| -> Option<Vec<(f64, &'a Point)>> {
-            let mut levels: Vec<_> = points.iter().map(|point| Some((of(point)?, point))).collect::<Option<_>>()?;
+            let mut levels: Vec<_> =
+                points.iter().map(|point| Some((of(point)?, point))).collect::<Option<_>>()?;
             levels.sort_by(|a, b| a.0.total_cmp(&b.0));
             Some(levels)
         };
-        let closed = all(&concurrency).map(|levels| Self { levels, label: "concurrency (requests in flight)" });
+        let closed =
+            all(&concurrency).map(|levels| Self { levels, label: "concurrency (requests in flight)" });
         closed.or_else(|| all(&rate).map(|levels| Self { levels, label: "rate of arrivals (requests/s)" }))
+    }
+
+    /// From 0: only so does throughput show where it saturates.
+    fn linear_x(&self) -> Axis {
+        Axis::new(self.label, Scale::from_zero(self.levels.iter().map(|level| level.0)))
     }
 
     fn x(&self) -> Axis {
@@ -87,8 +111,9 @@ impl<'a> Ladder<'a> {
         let is_wide = low > 0.0 && high / low >= WIDE;
         let scale = if is_wide { Scale::log(values.iter().copied()) } else { Scale::from_zero([high]) };
         let mut axis = Axis::new(self.label, scale);
-        if is_wide && values.len() <= 9 {
-            axis.ticks = values.iter().map(|value| (*value, number::short(*value))).collect();
+        if is_wide {
+            axis.ticks =
+                apart(&values, scale).into_iter().map(|value| (value, number::short(value))).collect();
         }
         axis
     }
@@ -115,8 +140,9 @@ impl<'a> Ladder<'a> {
         let intervals = self.intervals("output_throughput");
         let is_near = limit.iter().all(|point| point.1 <= MAX_LIMIT_ABOVE * highest);
         let drawn_limit = if is_near { limit.clone() } else { Vec::new() };
-        let all = measured.iter().chain(&drawn_limit).map(|point| point.1).chain(intervals.iter().map(|i| i.2));
-        let mut plot = Plot::new(self.x(), Axis::new("output tokens/s", Scale::from_zero(all)));
+        let all =
+            measured.iter().chain(&drawn_limit).map(|point| point.1).chain(intervals.iter().map(|i| i.2));
+        let mut plot = Plot::new(self.linear_x(), Axis::new("output tokens/s", Scale::from_zero(all)));
         if !drawn_limit.is_empty() {
             plot.layers.push(Layer::line("limit of the hardware", Ink::Grey, Mark::Dashed, drawn_limit));
         }
@@ -132,14 +158,26 @@ impl<'a> Ladder<'a> {
     }
 
     fn tpot(&self) -> Figure {
-        let caption = "Time per output token of a request, after its first. No step can be shorter than its floor.";
+        let caption =
+            "Time per output token of a request, after its first. No step can be shorter than its floor.";
         let floor = self.limit("median_tpot_ms");
-        self.latency("TPOT against load", caption, |metrics| (metrics.tpot_ms.median, metrics.tpot_ms.p99), floor)
+        self.latency(
+            "TPOT against load",
+            caption,
+            |metrics| (metrics.tpot_ms.median, metrics.tpot_ms.p99),
+            floor,
+        )
     }
 
     fn ttft(&self) -> Figure {
-        let caption = "Time to the first token, from the scheduled arrival. Where it turns upwards a queue begins.";
-        self.latency("TTFT against load", caption, |metrics| (metrics.ttft_ms.median, metrics.ttft_ms.p99), Vec::new())
+        let caption =
+            "Time to the first token, from the scheduled arrival. Where it turns upwards a queue begins.";
+        self.latency(
+            "TTFT against load",
+            caption,
+            |metrics| (metrics.ttft_ms.median, metrics.ttft_ms.p99),
+            Vec::new(),
+        )
     }
 
     fn latency(
@@ -166,6 +204,17 @@ impl<'a> Ladder<'a> {
     }
 }
 
+/// Those of the ascending values that have room for a label.
+fn apart(values: &[f64], scale: Scale) -> Vec<f64> {
+    let mut kept: Vec<f64> = Vec::new();
+    for value in values {
+        if kept.last().is_none_or(|last| scale.place(*value) - scale.place(*last) >= TICK_ROOM) {
+            kept.push(*value);
+        }
+    }
+    kept
+}
+
 fn limit(point: &Point, metric: &str) -> Option<f64> {
     let rows = &point.limits.as_ref()?.rows;
     rows.iter().find(|row| row.metric == metric).map(|row| row.limit).filter(|limit| limit.is_finite())
@@ -181,25 +230,45 @@ fn pareto(result: &BenchResult) -> Figure {
     let limit = limit_curve(&result.points, share);
     let highest = dots.iter().map(|dot| dot.y).fold(0.0, f64::max);
     let fastest = dots.iter().map(|dot| dot.x).fold(0.0, f64::max);
-    let is_near = limit.iter().all(|(x, y)| *x <= MAX_LIMIT_ABOVE * fastest && *y <= MAX_LIMIT_ABOVE * highest);
+    let is_near =
+        limit.iter().all(|(x, y)| *x <= MAX_LIMIT_ABOVE * fastest && *y <= MAX_LIMIT_ABOVE * highest);
     let limit = if is_near { limit } else { Vec::new() };
     let xs = dots.iter().map(|dot| dot.x).chain(limit.iter().map(|point| point.0));
     let ys = dots.iter().map(|dot| dot.y).chain(limit.iter().map(|point| point.1));
     let per = if gpus.is_some() { "GPU" } else { "replica" };
     let mut plot = Plot::new(
-        Axis::new("output tokens/s for one user (1 / median TPOT)", Scale::from_zero(xs)),
+        Axis::new("output tokens/s for one user (1 / median TPOT)", Scale::around(xs)),
         Axis::new(format!("output tokens/s of a {per}"), Scale::from_zero(ys)),
     );
     if !limit.is_empty() {
         plot.layers.push(Layer::line("limit of the hardware", Ink::Grey, Mark::Dashed, limit));
     }
-    plot.layers.push(Layer::line("", Ink::Blue, Mark::Line, front.iter().map(|dot| (dot.x, dot.y)).collect()));
-    let (on, off): (Vec<Dot>, Vec<Dot>) = dots.into_iter().partition(|dot| front.iter().any(|f| f.x == dot.x && f.y == dot.y));
+    plot.layers.push(Layer::line(
+        "",
+        Ink::Blue,
+        Mark::Line,
+        front.iter().map(|dot| (dot.x, dot.y)).collect(),
+    ));
+    let (on, off): (Vec<Dot>, Vec<Dot>) =
+        dots.into_iter().partition(|dot| front.iter().any(|f| f.x == dot.x && f.y == dot.y));
     if !off.is_empty() {
-        plot.layers.push(Layer::Dots { name: "another level is better in both".into(), ink: Ink::Grey, mark: Mark::Hollow, dots: off });
+        plot.layers.push(Layer::Dots {
+            name: "another level is better in both".into(),
+            ink: Ink::Grey,
+            mark: Mark::Hollow,
+            dots: off,
+        });
     }
-    plot.layers.push(Layer::Dots { name: "Pareto front".into(), ink: Ink::Blue, mark: Mark::Point, dots: on });
-    let caption = format!("Up is cheaper, right is faster for each user. A level of load chooses a point; only a better system moves the curve. Numbers are the levels of load{}.", if gpus.is_some() { "" } else { "; the number of GPUs is not known" });
+    plot.layers.push(Layer::Dots {
+        name: "Pareto front".into(),
+        ink: Ink::Blue,
+        mark: Mark::Point,
+        dots: on,
+    });
+    let caption = format!(
+        "Up is cheaper, right is faster for each user. A level of load chooses a point; only a better system moves the curve. Numbers are the levels of load{}.",
+        if gpus.is_some() { "" } else { "; the number of GPUs is not known" }
+    );
     Figure::new(format!("Throughput of a {per} against speed for a user"), caption, &plot)
 }
 
@@ -247,9 +316,9 @@ pub fn search_section(search: &Search) -> Section {
     let best = search.best_rate.map_or("No rate kept the SLO.".to_owned(), |rate| {
         format!("Highest rate that kept the SLO: {} requests/s.", number::short(rate))
     });
-    let failed = search
-        .lowest_rate_that_failed
-        .map_or(String::new(), |rate| format!(" Lowest rate that did not: {} requests/s.", number::short(rate)));
+    let failed = search.lowest_rate_that_failed.map_or(String::new(), |rate| {
+        format!(" Lowest rate that did not: {} requests/s.", number::short(rate))
+    });
     section.text(format!("{best}{failed} It ended because {}.", search.ended));
     let mut table = Table {
         caption: format!("In the order of the trials. The search {}.", search.stopping_rule),
@@ -257,7 +326,8 @@ pub fn search_section(search: &Search) -> Section {
         rows: Vec::new(),
     };
     for trial in &search.trials {
-        let judged = if trial.kept { Cell::toned("kept", Tone::Good) } else { Cell::toned("broken", Tone::Bad) };
+        let judged =
+            if trial.kept { Cell::toned("kept", Tone::Good) } else { Cell::toned("broken", Tone::Bad) };
         table.rows.push(vec![number::short(trial.rate).into(), judged, trial.reason.clone().into()]);
     }
     section.table(table);

@@ -4,10 +4,9 @@
 use super::details::{Details, Span};
 use super::document::Figure;
 use super::number;
-use super::plot::{Axis, Ink, Key, Layer, Mark, Plot, Row, Scale};
+use super::plot::{Axis, Ink, Key, Layer, Mark, Plot, Row, Scale, WIDE};
 use crate::result::Repeat;
 
-const WIDTH: f64 = 1240.0;
 /// Of all rows together.
 const MAX_HEIGHT: f64 = 760.0;
 const MAX_ROW_HEIGHT: f64 = 15.0;
@@ -23,7 +22,7 @@ pub fn figure(details: &Details, point: usize, repeat: &Repeat) -> Option<Figure
     let x = Axis::new("time since the start of the repeat (s)", Scale::between(from, to));
     let mut plot = Plot::new(x, Axis::new("request", Scale::between(0.0, rows)));
     plot.y.ticks = row_names(&spans);
-    (plot.width, plot.height) = (WIDTH, 72.0 + (MAX_ROW_HEIGHT * rows).min(MAX_HEIGHT));
+    (plot.width, plot.height) = (WIDE, 72.0 + (MAX_ROW_HEIGHT * rows).min(MAX_HEIGHT));
     let all = spans.iter().enumerate();
     let row = |(at, span): (usize, &&Span)| Row {
         y: rows - at as f64 - 0.5,
@@ -71,7 +70,8 @@ fn parts(span: &Span) -> Vec<(f64, f64, &'static str)> {
 
 fn hover(span: &Span) -> String {
     let ms = |from: f64, to: f64| number::short(1000.0 * (to - from).max(0.0));
-    let mut out = format!("request {}: {} tokens in, {} out", span.index, span.input_tokens, span.output_tokens);
+    let mut out =
+        format!("request {}: {} tokens in, {} out", span.index, span.input_tokens, span.output_tokens);
     if let Some(sent) = span.sent {
         out += &format!("; sent after {} ms", ms(span.scheduled, sent));
     }
@@ -106,7 +106,7 @@ fn keys(spans: &[&Span]) -> Vec<Key> {
     }
     keys.push(key("decode", Ink::Blue));
     if spans.iter().any(|span| !span.pauses.is_empty()) {
-        keys.push(Key { name: "pause between two tokens".into(), ink: Ink::Grey, mark: Mark::Hollow });
+        keys.push(Key { name: "pause between two tokens".into(), ink: Ink::Blue, mark: Mark::Gap });
     }
     if spans.iter().any(|span| span.failure.is_some()) {
         keys.push(key("failed", Ink::Red));
@@ -160,7 +160,8 @@ mod tests {
 
     #[test]
     fn the_pointer_is_told_the_times() {
-        let expected = "request 4: 10 tokens in, 20 out; sent after 500 ms; queue and prefill 500 ms; decode 3000 ms";
+        let expected =
+            "request 4: 10 tokens in, 20 out; sent after 500 ms; queue and prefill 500 ms; decode 3000 ms";
         assert_eq!(hover(&span()), expected);
     }
 }

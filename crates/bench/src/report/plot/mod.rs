@@ -46,6 +46,9 @@ impl Ink {
     }
 }
 
+/// Width of a plot over the whole page.
+pub const WIDE: f64 = 1240.0;
+
 #[derive(Clone, Debug)]
 pub struct Axis {
     /// With its unit.
@@ -120,7 +123,9 @@ mod tests {
 
     #[test]
     fn ticks_are_short() {
-        for (value, label) in [(0.0, "0"), (0.25, "0.25"), (0.1 + 0.2, "0.3"), (12_500.0, "12.5k"), (2e6, "2M")] {
+        for (value, label) in
+            [(0.0, "0"), (0.25, "0.25"), (0.1 + 0.2, "0.3"), (12_500.0, "12.5k"), (2e6, "2M")]
+        {
             assert_eq!(tick_label(value), label);
         }
     }

@@ -19,6 +19,19 @@ impl Scale {
         Self::Linear { min: 0.0, max: (1.02 * most / step).ceil() * step }
     }
 
+    /// Around all the values, from 0 only if they come near it.
+    pub fn around(values: impl IntoIterator<Item = f64>) -> Self {
+        let values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let from_zero = Self::from_zero(values);
+        let (_, max) = from_zero.ends();
+        if low.is_infinite() || low < 0.35 * max {
+            return from_zero;
+        }
+        let step = round_step((max - low) / 5.0);
+        Self::Linear { min: (0.98 * low / step).floor() * step, max }
+    }
+
     /// Exactly these ends; where they do not make an axis, a little more.
     pub fn between(min: f64, max: f64) -> Self {
         match max > min && min.is_finite() && max.is_finite() {
@@ -104,7 +117,10 @@ mod tests {
     use super::*;
 
     fn shown(ticks: &[f64]) -> Vec<String> {
-        ticks.iter().map(|tick| format!("{tick:.3}").trim_end_matches('0').trim_end_matches('.').into()).collect()
+        ticks
+            .iter()
+            .map(|tick| format!("{tick:.3}").trim_end_matches('0').trim_end_matches('.').into())
+            .collect()
     }
 
     #[test]
@@ -121,6 +137,13 @@ mod tests {
         assert_eq!(Scale::from_zero([3.0, 97.0]), Scale::Linear { min: 0.0, max: 100.0 });
         assert_eq!(Scale::from_zero([]), Scale::Linear { min: 0.0, max: 1.0 });
         assert_eq!(Scale::from_zero([f64::NAN, 0.0]), Scale::Linear { min: 0.0, max: 1.0 });
+    }
+
+    #[test]
+    fn an_axis_around_values_leaves_out_what_is_far_from_them() {
+        assert_eq!(Scale::around([90.0, 143.0]), Scale::Linear { min: 80.0, max: 150.0 });
+        assert_eq!(Scale::around([9.0, 143.0]), Scale::Linear { min: 0.0, max: 150.0 });
+        assert_eq!(Scale::around([]), Scale::Linear { min: 0.0, max: 1.0 });
     }
 
     #[test]

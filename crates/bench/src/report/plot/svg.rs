@@ -11,7 +11,11 @@ struct At(f64);
 impl fmt::Display for At {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tenths = (self.0 * 10.0).round() as i64;
-        if tenths % 10 == 0 { write!(out, "{}", tenths / 10) } else { write!(out, "{:.1}", tenths as f64 / 10.0) }
+        if tenths % 10 == 0 {
+            write!(out, "{}", tenths / 10)
+        } else {
+            write!(out, "{:.1}", tenths as f64 / 10.0)
+        }
     }
 }
 
@@ -56,7 +60,13 @@ impl Svg {
     }
 
     /// `hover` is shown when the pointer is over it.
-    pub fn rect(&mut self, class: &str, (x, y): (f64, f64), (width, height): (f64, f64), hover: Option<&str>) {
+    pub fn rect(
+        &mut self,
+        class: &str,
+        (x, y): (f64, f64),
+        (width, height): (f64, f64),
+        hover: Option<&str>,
+    ) {
         let [x, y, width, height] = [x, y, width, height].map(At);
         self.put(format_args!(r#"<rect class="{class}" x="{x}" y="{y}" width="{width}" height="{height}""#));
         self.close("rect", hover);
@@ -95,12 +105,9 @@ impl Svg {
         self.put(format_args!("\"/>"));
     }
 
-    /// Everything until [`Self::end_group`]; `attributes` are written as they are.
-    pub fn group(&mut self, attributes: &str, hover: Option<&str>) {
-        self.put(format_args!("<g{attributes}>"));
-        if let Some(text) = hover {
-            self.put(format_args!("<title>{}</title>", escape::html(text)));
-        }
+    /// Everything until [`Self::end_group`] shows `hover` under the pointer.
+    pub fn group(&mut self, hover: &str) {
+        self.put(format_args!("<g><title>{}</title>", escape::html(hover)));
     }
 
     pub fn end_group(&mut self) {
