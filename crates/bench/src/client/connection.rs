@@ -13,15 +13,25 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
+use tokio_rustls::TlsConnector;
 
 use super::socket::{Reads, Socket, Traffic};
+use super::transport::Transport;
 use super::{Failure, Target};
 use crate::clock::Clock;
 use crate::result::FailureClass;
 
+/// How the server is reached.
+#[derive(Clone)]
+pub struct Route {
+    pub target: Target,
+    pub addresses: Vec<SocketAddr>,
+    pub tls: Option<TlsConnector>,
+}
+
 pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
-    driver: http1::Connection<TokioIo<Socket>, Full<Bytes>>,
+    driver: http1::Connection<TokioIo<Transport>, Full<Bytes>>,
     traffic: Arc<Traffic>,
     is_over: bool,
 }
@@ -32,29 +42,29 @@ impl Connection {
     /// # Errors
     /// If none does in time.
     pub async fn open(
-        addresses: &[SocketAddr],
-        target: &Target,
+        route: &Route,
         timeout: Duration,
         clock: Clock,
         reads: &Arc<Reads>,
     ) -> Result<Self, Failure> {
-        let connecting = tokio::time::timeout(timeout, Socket::connect(addresses, clock, reads));
-        let socket = match connecting.await {
-            Ok(Ok(socket)) => socket,
-            Ok(Err(error)) => {
-                let message = format!("cannot connect to {}: {error}", target.authority());
-                return Err(Failure::new(FailureClass::Unreachable, message));
-            }
+        let authority = route.target.authority();
+        let unreachable = |error: &dyn std::fmt::Display| {
+            Failure::new(FailureClass::Unreachable, format!("cannot connect to {authority}: {error}"))
+        };
+        let connecting = async {
+            let socket = Socket::connect(&route.addresses, clock, reads).await?;
+            let traffic = socket.traffic();
+            Ok((Transport::over(socket, &route.target, route.tls.as_ref()).await?, traffic))
+        };
+        let (transport, traffic) = match tokio::time::timeout(timeout, connecting).await {
+            Ok(connected) => connected.map_err(|error: std::io::Error| unreachable(&error))?,
             Err(_) => {
-                let message = format!("no connection to {} within {timeout:?}", target.authority());
+                let message = format!("no connection to {authority} within {timeout:?}");
                 return Err(Failure::new(FailureClass::ConnectTimeout, message));
             }
         };
-        let traffic = socket.traffic();
-        let handshake = http1::Builder::new().handshake(TokioIo::new(socket)).await;
-        let (sender, driver) = handshake.map_err(|error| {
-            Failure::new(FailureClass::Unreachable, format!("cannot speak HTTP: {error}"))
-        })?;
+        let handshake = http1::Builder::new().handshake(TokioIo::new(transport)).await;
+        let (sender, driver) = handshake.map_err(|error| unreachable(&error))?;
         Ok(Self { sender, driver, traffic, is_over: false })
     }
 

@@ -12,6 +12,7 @@ mod exchange;
 mod socket;
 mod target;
 mod timer;
+mod transport;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +28,8 @@ pub use self::socket::{ReadStats, Reads};
 pub use self::target::{Target, TargetError};
 pub use self::timer::Timer;
 
-use self::connection::Connection;
+use self::connection::{Connection, Route};
+use self::socket::Sentinel;
 use crate::clock::Clock;
 use crate::result::FailureClass;
 
@@ -74,13 +76,13 @@ impl Failure {
 
 /// Talks to one server.
 pub struct Client {
-    target: Target,
-    addresses: Vec<SocketAddr>,
+    route: Route,
     timeouts: Timeouts,
     clock: Clock,
     headers: HeaderMap,
     idle: Mutex<Vec<Connection>>,
     reads: Arc<Reads>,
+    sentinel: Arc<Sentinel>,
 }
 
 impl Client {
@@ -97,27 +99,30 @@ impl Client {
         let found = found.await.map_err(|_| unreachable("time-out".into()))?;
         let addresses: Vec<SocketAddr> = found.map_err(|error| unreachable(error.to_string()))?.collect();
         let headers = headers(&target, api_key)?;
+        let tls = transport::connector(&target).map_err(|reason| {
+            Failure::new(FailureClass::Unreachable, format!("TLS cannot be set up: {reason}"))
+        })?;
         Ok(Self {
-            target,
-            addresses,
+            route: Route { target, addresses, tls },
             timeouts,
             clock: Clock::start(),
             headers,
             idle: Mutex::default(),
             reads: Arc::default(),
+            sentinel: Arc::new(Sentinel::open()),
         })
     }
 
     /// The same server, with a clock that starts now, no connections, and nothing counted.
     pub fn restarted(&self) -> Self {
         Self {
-            target: self.target.clone(),
-            addresses: self.addresses.clone(),
+            route: self.route.clone(),
             timeouts: self.timeouts,
             clock: Clock::start(),
             headers: self.headers.clone(),
             idle: Mutex::default(),
             reads: Arc::default(),
+            sentinel: self.sentinel.clone(),
         }
     }
 
@@ -131,13 +136,13 @@ impl Client {
     }
 
     pub fn target(&self) -> &Target {
-        &self.target
+        &self.route.target
     }
 
     fn request(&self, method: Method, path: &str, accept: &'static str, body: Bytes) -> Request<Full<Bytes>> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
-        *request.uri_mut() = self.target.path(path);
+        *request.uri_mut() = self.route.target.path(path);
         *request.headers_mut() = self.headers.clone();
         request.headers_mut().insert(header::ACCEPT, HeaderValue::from_static(accept));
         request
@@ -167,7 +172,7 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<Connection, Failure> {
-        Connection::open(&self.addresses, &self.target, self.timeouts.connect, self.clock, &self.reads).await
+        Connection::open(&self.route, self.timeouts.connect, self.clock, &self.reads).await
     }
 }
 

@@ -48,8 +48,28 @@ impl Reads {
     }
 }
 
+/// A socket that nobody sends to. The kernel notes times while there is at least one socket that wants them, and
+/// begins a moment after the first: this one is there before the requests are.
+#[derive(Debug)]
+pub struct Sentinel {
+    _socket: Option<std::net::UdpSocket>,
+}
+
+impl Sentinel {
+    /// Without one only the first packets have no time of their own.
+    pub fn open() -> Self {
+        let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).ok();
+        #[cfg(target_os = "linux")]
+        if let Some(socket) = &socket {
+            let _ =
+                nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::ReceiveTimestampns, &true);
+        }
+        Self { _socket: socket }
+    }
+}
+
 impl ReadStats {
-    /// The first packets after a machine's first such socket have no time yet, hence not all.
+    /// Not all, because the very first packets may have no time.
     pub fn clock(&self) -> ArrivalClock {
         let enough = self.lag.count() as f64 >= 0.95 * self.reads as f64;
         if self.reads > 0 && enough { ArrivalClock::Kernel } else { ArrivalClock::Read }

@@ -1,6 +1,11 @@
 //! The server's address as typed.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
 use http::Uri;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 
 /// Where the server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +17,8 @@ pub struct Target {
     authority: String,
     /// In front of `/v1/...`; empty or begins with a slash and does not end with one.
     base_path: String,
+    /// Whose certificates are trusted, in place of the public authorities.
+    authorities: Option<Arc<[CertificateDer<'static>]>>,
 }
 
 /// An address that cannot be used.
@@ -25,6 +32,10 @@ pub enum TargetError {
     Credentials,
     #[error("--url {0:?} has a query; leave out what follows the question mark")]
     Query(String),
+    #[error("--ca-file goes with an https address only; leave it out, or use https")]
+    NotTls,
+    #[error("--ca-file: {} holds no certificate in PEM form: {reason}", path.display())]
+    Authorities { path: PathBuf, reason: String },
 }
 
 impl Target {
@@ -55,11 +66,34 @@ impl Target {
             port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
             authority: authority.as_str().to_owned(),
             base_path: path.strip_suffix("/v1").unwrap_or(path).to_owned(),
+            authorities: None,
         })
+    }
+
+    /// Trusts the authorities of a PEM file, in place of the public ones.
+    ///
+    /// # Errors
+    /// If the address is not https, or the file holds no certificate.
+    pub fn trusting(mut self, file: &Path) -> Result<Self, TargetError> {
+        if !self.is_tls {
+            return Err(TargetError::NotTls);
+        }
+        let failed = |reason: String| TargetError::Authorities { path: file.to_owned(), reason };
+        let found = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let found = found.map_err(|error| failed(error.to_string()))?;
+        if found.is_empty() {
+            return Err(failed("it has none".into()));
+        }
+        self.authorities = Some(found.into());
+        Ok(self)
     }
 
     pub fn is_tls(&self) -> bool {
         self.is_tls
+    }
+
+    pub(super) fn authorities(&self) -> Option<&[CertificateDer<'static>]> {
+        self.authorities.as_deref()
     }
 
     pub fn host(&self) -> &str {

@@ -6,5 +6,7 @@ mod server;
 
 /// Every way to fail is counted under its own name, and the run ends.
 mod hostile;
+/// The same over TLS.
+mod https;
 /// What the client measures is what the server did.
 mod truth;

@@ -131,6 +131,11 @@ pub async fn measure(
 ) -> RunLog {
     let target = Target::parse(&format!("http://{address}")).unwrap();
     let client = Client::new(target, None, timeouts).await.unwrap();
+    measure_with(&client, plan, first, stop).await
+}
+
+/// The same with a client of one's own.
+pub async fn measure_with(client: &Client, plan: &RunPlan, first: u32, stop: CancellationToken) -> RunLog {
     let words: Arc<[String]> = ["hello".to_owned()].into();
     let writer = Writer {
         endpoint: Endpoint::Completions,
@@ -143,5 +148,5 @@ pub async fn measure(
         extra_body: serde_json::Map::new(),
     };
     let jobs = (0..).map(move |i| Job::single(Content::Given("hello".into()), first + i));
-    run(&client, Arc::new(writer), Box::new(jobs), plan, Arc::new(Live::default()), stop).await
+    run(client, Arc::new(writer), Box::new(jobs), plan, Arc::new(Live::default()), stop).await
 }

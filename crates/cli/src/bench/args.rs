@@ -57,6 +57,9 @@ pub struct TargetArgs {
     /// File whose first line is the API key [default: SERVELAB_API_KEY, else OPENAI_API_KEY].
     #[arg(long, value_name = "FILE", help_heading = "Target")]
     pub api_key_file: Option<PathBuf>,
+    /// With an https address: PEM file of the authorities to trust [default: the public ones].
+    #[arg(long, value_name = "FILE", help_heading = "Target")]
+    pub ca_file: Option<PathBuf>,
     /// Sampling temperature [default: the workload's, mostly 0].
     #[arg(long, help_heading = "Target")]
     pub temperature: Option<f64>,

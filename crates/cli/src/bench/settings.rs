@@ -205,8 +205,12 @@ fn target(
         None | Some(args::Form::Auto) if workload.needs_text => FormChoice::Words,
         None | Some(args::Form::Auto) => FormChoice::Auto,
     };
+    let target = Target::parse(typed.url.as_deref().unwrap_or(DEFAULT_URL))?;
     Ok(TargetSettings::Http(HttpSettings {
-        target: Target::parse(typed.url.as_deref().unwrap_or(DEFAULT_URL))?,
+        target: match &typed.ca_file {
+            Some(file) => target.trusting(file)?,
+            None => target,
+        },
         model: typed.model.clone(),
         endpoint,
         form,
@@ -222,6 +226,7 @@ fn offline(command: &BenchCommand, workload: &Workload) -> Result<TargetSettings
         ("endpoint", typed.endpoint.is_some()),
         ("prompt-form", typed.prompt_form.is_some()),
         ("api-key-file", typed.api_key_file.is_some()),
+        ("ca-file", typed.ca_file.is_some()),
         ("extra-body", typed.extra_body.is_some()),
         ("connect-timeout", typed.connect_timeout.is_some()),
         ("first-byte-timeout", typed.first_byte_timeout.is_some()),
@@ -623,6 +628,8 @@ mod tests {
             (&["--concurrency", "1", "--repeats", "0"], "--repeats is 0"),
             (&["--concurrency", "1", "--temperature", "3"], "--temperature is 3"),
             (&["--concurrency", "1", "--url", "ftp://x"], "ftp"),
+            (&["--concurrency", "1", "--ca-file", "x"], "--ca-file goes with an https address"),
+            (&["--concurrency", "1", "--url", "https://x", "--ca-file", "/dev/null"], "holds no certificate"),
             (&["--concurrency", "1", "--extra-body", "[]"], "--extra-body is no JSON object"),
             (&["--concurrency", "1", "--extra-body", "{\"stream\":false}"], "--extra-body sets stream"),
             (&["--concurrency", "1", "--metadata", "x"], "--metadata \"x\""),
