@@ -43,8 +43,11 @@ pub fn decode<G: Gpu>(gpu: &G, size: Size, report: Report<'_>) -> Result<(), Gpu
         let batch = Batch::new(shape, 1, &single_tokens(&[600, 3]), None, size);
         report(checker.decode(&kernels, &batch, 3)?);
     }
+    // One item of more tiles than the 32 a warp whose blocks are looked up at once.
+    let kernels = Kernels::load(gpu, checker.specialisation(TIMED))?;
+    let batch = Batch::new(TIMED, 1, &single_tokens(&[2300]), None, size);
+    report(checker.decode(&kernels, &batch, 1)?);
     if size == Size::Full {
-        let kernels = Kernels::load(gpu, checker.specialisation(TIMED))?;
         for (rows, context) in [(1, 1024), (64, 1024), (64, 8192), (1, 65_536)] {
             let batch = Batch::new(TIMED, 8, &vec![(1, context); rows], None, size);
             report(checker.decode(&kernels, &batch, usize::MAX)?);
