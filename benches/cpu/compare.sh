@@ -10,11 +10,10 @@ set -euo pipefail
 work=$1 llama=$2 out=${3:-/dev/stdout}
 cd "$(dirname "$0")/../.."
 
-threads=2 rounds=${ROUNDS:-3} input=128 output=64 vocabulary=49152
+threads=2 rounds=${ROUNDS:-3} input=128 output=64
 export CARGO_TERM_QUIET=true
 cargo build --release
 cargo build --release -p servelab-model --example decode_speed
-cargo build --release -p servelab-benches --example http_load
 bin=${CARGO_TARGET_DIR:-target}/release
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
@@ -42,9 +41,25 @@ wait_ready() {
     return 1
 }
 
+# Of a result the figures that are compared, in one line.
+line='
+import json, sys
+result = json.load(sys.stdin)
+names = ["model_id", "max_concurrency", "completed", "failed", "total_input_tokens", "total_output_tokens", "duration",
+         "output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "mean_itl_ms"]
+figures = {name: round(result[name], 2) if isinstance(result[name], float) else result[name] for name in names}
+figures["prompts"] = result["header"]["workload"]["prompt_form"]
+figures["client_bound"] = result["points"][0]["repeats"][0]["client"].get("bound")
+print(json.dumps(figures))
+'
+
 served() { # URL MODEL CLIENTS
     for clients in $3; do
-        "$bin/examples/http_load" "$1" "$2" "$clients" $((clients * 3)) $input $output $vocabulary 1
+        # All of it counts, the filling and the emptying of the batch as well. Exit code 1 says that the client was
+        # late, which on a machine that computes with all its cores it may be; the line says so too.
+        "$bin/servelab" bench --url "$1" --model "$2" --concurrency "$clients" --requests $((clients * 3)) \
+            --input-tokens $input --output-tokens $output --warm-up 0 --no-cool-down --repeats 1 --seed 1 --json \
+            2>/dev/null | python3 -c "$line" || true
     done
 }
 
