@@ -453,10 +453,13 @@ mod tests {
 
     use super::*;
     use crate::arrivals::ArrivalShape;
+    use crate::find_rate::FindRate;
     use crate::measure::{Tally, failures, littles_law};
     use crate::phases::{Extent, PhasePlan};
     use crate::prompt::{Pool, Segment, Turn};
-    use crate::result::{Endpoint, Metrics};
+    use crate::result::{Endpoint, Load, Metrics, Repeat, Slo, Trial};
+    use crate::session::{Loads, Observer, Session, Settings};
+    use crate::workload::{Workload, WorkloadOptions};
 
     /// A clock that only steps and waits move.
     #[derive(Clone, Default)]
@@ -634,5 +637,63 @@ mod tests {
         let counts = failures(&log.records);
         assert!(counts[0].all >= 2 && counts[0].example.contains("gone"), "{counts:?}");
         assert!(log.records.len() < 100);
+    }
+
+    /// Says nothing.
+    struct Silent;
+
+    impl Observer for Silent {
+        fn begins(&mut self, _load: &Load, _repeat: u32, _repeats: u32, _live: Arc<Live>) {}
+        fn ended(&mut self, _load: &Load, _repeat: &Repeat) {}
+        fn judged(&mut self, _trial: &Trial) {}
+    }
+
+    /// Eight sequences at once, each for ten steps of 10 ms: 80 requests a second and no more. The clock of the
+    /// runtime is the test's, that of the device is virtual.
+    #[tokio::test(start_paused = true)]
+    async fn a_search_finds_the_rate_that_the_engine_can_serve() {
+        let workload = Workload::new(&WorkloadOptions {
+            input: Some("8".parse().unwrap()),
+            output: Some("10".parse().unwrap()),
+            ..WorkloadOptions::default()
+        })
+        .unwrap();
+        let settings = Settings {
+            loads: Loads::Search {
+                arrivals: ArrivalShape::Constant { rate: 1.0 },
+                max_concurrency: None,
+                search: FindRate { start: 10.0, ..FindRate::default() },
+            },
+            measured: Extent::Requests(400),
+            warm_up: None,
+            cool_down: None,
+            repeats: 1,
+            seed: 1,
+            salted: true,
+            slo: Some(Slo { limits: vec!["ttft=40ms".parse().unwrap()] }),
+            max_in_flight: 10_000,
+        };
+        let mut records = 0;
+        let session = Session {
+            target: offline(),
+            workload: &workload,
+            writer: writer(),
+            settings: &settings,
+            observer: &mut Silent,
+            records: &mut |_| {
+                records += 1;
+                Ok(())
+            },
+            stop: CancellationToken::new(),
+        };
+        let measured = session.run().await.unwrap();
+        let search = measured.search.unwrap();
+        let (best, worst) = (search.best_rate.unwrap(), search.lowest_rate_that_failed.unwrap());
+        assert!((70.0..=84.0).contains(&best) && worst <= best * 1.05, "{search:?}");
+        assert_eq!(search.trials.len(), measured.points.len());
+        assert!(records > 400 * measured.points.len(), "{records}");
+        let slow = &measured.points[0];
+        assert_eq!((slow.metrics.failed, slow.repeats[0].warm_up_requests), (0, 40));
+        assert!(slow.metrics.request_goodput > Some(9.9), "{:?}", slow.metrics.request_goodput);
     }
 }
