@@ -106,7 +106,7 @@
     root.dataset.theme = isDark ? "light" : "dark";
   });
 
-  // ---- folded levels: open for a link to them, and on paper ----
+  // ---- folded levels open for a link to them ----
 
   function unfold() {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
@@ -115,5 +115,4 @@
 
   addEventListener("hashchange", unfold);
   unfold();
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((details) => (details.open = true)));
 })();

@@ -89,7 +89,8 @@ impl Live {
     }
 
     pub fn view(&self) -> LiveView {
-        let state = self.state();
+        // Percentiles are counted outside the lock: the client must not wait for whoever looks.
+        let state = self.state().clone();
         let seconds = state.now.as_secs_f64();
         LiveView {
             now: state.now,

@@ -24,9 +24,13 @@ mod timeline;
 pub use details::Details;
 pub use document::Document;
 
+use std::path::Path;
+use std::{fs, io};
+
 use document::{Fact, Section};
 
 use crate::definitions::DEFINITIONS;
+use crate::output::OutputError;
 use crate::result::BenchResult;
 
 /// `report.html`.
@@ -40,6 +44,20 @@ pub fn html(result: &BenchResult, details: &Details) -> Result<String, minijinja
 /// `report.md`.
 pub fn markdown(result: &BenchResult, details: &Details) -> String {
     markdown::text(&document(result, details))
+}
+
+/// Writes both reports into a folder.
+///
+/// # Errors
+/// The file that cannot be written.
+pub fn write(folder: &Path, result: &BenchResult, details: &Details) -> Result<(), OutputError> {
+    let document = document(result, details);
+    let page = html::page(&document).map_err(io::Error::other);
+    for (name, text) in [("report.html", page), ("report.md", Ok(markdown::text(&document)))] {
+        let path = folder.join(name);
+        text.and_then(|text| fs::write(&path, text)).map_err(|source| OutputError { path, source })?;
+    }
+    Ok(())
 }
 
 /// What both say.

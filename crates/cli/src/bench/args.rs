@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 use servelab_bench::result::SloLimit;
 use servelab_bench::workload::lengths::Span;
 
+use super::reports::Action;
 use crate::args::{Device, Dtype, Engine, KvDtype, LoadFormat, Typed};
 use crate::size::{ByteSize, TimeSpan};
 
@@ -13,7 +14,8 @@ use crate::size::{ByteSize, TimeSpan};
 pub const EXAMPLES: &str = "\
 Examples:
   servelab bench --concurrency 16 --requests 200           random prompts, 512 tokens in, 128 out
-  servelab bench --concurrency 1,2,4,8,16,32 --out run     a ladder, with files for plots
+  servelab bench --concurrency 1,2,4,8,16,32 --out run     a ladder; run/report.html shows it
+  servelab bench compare before after                      two such folders, figure by figure
   servelab bench --rate 4 --workload azure-chat --lengths clip --duration 60s
   servelab bench --find-rate --slo ttft=500ms,tpot=50ms@p95
   servelab bench --workload engine-comparison              the comparison that other engines publish
@@ -24,7 +26,10 @@ Exit codes: 0 the figures stand, 1 they do not (client-bound, nothing completed,
 failed, 2 wrong usage or settings.";
 
 #[derive(Args, Clone, Debug, Default)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchCommand {
+    #[command(subcommand)]
+    pub action: Option<Action>,
     #[command(flatten)]
     pub target: TargetArgs,
     #[command(flatten)]
@@ -184,12 +189,15 @@ pub struct WorkloadArgs {
 
 #[derive(Args, Clone, Debug, Default)]
 pub struct ReportArgs {
-    /// Folder for result.json, requests.jsonl and, for a ladder, vllm/.
+    /// Folder for report.html, report.md, result.json, requests.jsonl and, for a ladder, vllm/.
     #[arg(long, value_name = "FOLDER", help_heading = "Report")]
     pub out: Option<PathBuf>,
-    /// Print result.json in place of the summary.
+    /// Print result.json in place of the summary, and nothing while it runs.
     #[arg(long, help_heading = "Report")]
     pub json: bool,
+    /// Show nothing while it runs.
+    #[arg(long, help_heading = "Report")]
+    pub quiet: bool,
     /// Adds vLLM's per-request lists (input_lens, ttfts, itls, ...) to result.json.
     #[arg(long, help_heading = "Report")]
     pub save_detailed: bool,

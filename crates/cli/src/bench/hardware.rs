@@ -4,6 +4,7 @@ use servelab_bench::limits::limits;
 use servelab_bench::result::{Limits, Metrics};
 use servelab_model::cpu::{Kernels, limits as cpu_limits};
 use servelab_model::{KvDtype, WeightDtype};
+use servelab_server::LoadError;
 use servelab_sim::{Dtype, HardwareProfile, ModelShape, Roofline};
 
 use super::args::ReportArgs;
@@ -32,7 +33,7 @@ pub enum HardwareError {
     #[error("{0}")]
     Profile(#[from] servelab_sim::HardwareError),
     #[error("cannot load the model: {0}")]
-    Load(#[from] servelab_server::LoadError),
+    Load(#[from] LoadError),
 }
 
 /// Puts limits beside figures.
@@ -70,7 +71,7 @@ impl Limiter {
         };
         let gpus = report.gpus.unwrap_or(1);
         let profile = match name.as_str() {
-            "measured" => measured(threads, shape.weight_dtype)?,
+            "measured" => measured(threads, shape.weight_dtype, READ_BYTES)?,
             name => plan_command::named_or_file(name)?,
         };
         let roofline = Roofline::new(&shape, &profile, gpus)?;
@@ -100,6 +101,14 @@ fn offline_shape(
     if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
         return Err(HardwareError::Known(flag));
     }
+    Ok(served_shape(model, engine)?)
+}
+
+/// What `servelab serve` with these settings computes on a CPU.
+///
+/// # Errors
+/// If the model's files are not there, or are wrong.
+pub fn served_shape(model: &ModelSettings, engine: &EngineSettings) -> Result<ModelShape, LoadError> {
     let prepared = load::open(model)?;
     let weights = match prepared.dtype() {
         WeightDtype::F32 => Dtype::F32,
@@ -114,14 +123,17 @@ fn offline_shape(
     Ok(plan_command::shape_of(&model.served_names[0], prepared.config(), weights, keys_and_values))
 }
 
-/// This machine, with as many threads as the engine computes with.
-fn measured(threads: usize, dtype: Dtype) -> Result<HardwareProfile, HardwareError> {
+/// This machine, with as many threads as the engine computes with, reading over and over `read_bytes` of memory.
+///
+/// # Errors
+/// If what was measured cannot be.
+pub fn measured(threads: usize, dtype: Dtype, read_bytes: usize) -> Result<HardwareProfile, HardwareError> {
     let threads = match threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
     let (kernels, _) = Kernels::select(threads);
-    let found = cpu_limits::measure(&kernels, READ_BYTES);
+    let found = cpu_limits::measure(&kernels, read_bytes);
     // Weights of 16 bits are widened to f32 where there are no products of 16 bits.
     let flops = match dtype {
         Dtype::Bf16 => found.bf16_flops_per_second.unwrap_or(found.f32_flops_per_second),

@@ -1,11 +1,12 @@
 //! `servelab bench`: settings, the target, the run, the report.
 
 pub mod args;
-mod hardware;
+pub mod hardware;
 mod http;
-mod machine;
+pub mod machine;
 mod offline;
 mod progress;
+mod reports;
 mod settings;
 
 use std::io::Write;
@@ -21,13 +22,14 @@ use servelab_bench::result::{
 use servelab_bench::server::ServerError;
 use servelab_bench::session::{Measured, Session, Target};
 use servelab_bench::workload::{Workload, WorkloadError};
-use servelab_bench::{prompt, summary, vllm};
+use servelab_bench::{prompt, report, summary, vllm};
 use servelab_server::LoadError;
 use tokio_util::sync::CancellationToken;
 
 use self::args::BenchCommand;
 use self::hardware::Limiter;
-use self::progress::Lines;
+use self::progress::Progress;
+use self::reports::ReportsError;
 use self::settings::{BenchSettings, TargetSettings, UsageError};
 
 /// Files that the program has open besides its connections.
@@ -57,6 +59,8 @@ pub enum Error {
     Output(#[from] OutputError),
     #[error("cannot write: {0}")]
     Write(#[from] std::io::Error),
+    #[error(transparent)]
+    Reports(#[from] ReportsError),
     #[error("no measured request completed; see the failures above")]
     NothingCompleted,
     #[error("the figures do not stand: {0}")]
@@ -66,16 +70,25 @@ pub enum Error {
 impl Error {
     /// Whether other flags would have helped before anything was started.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Usage(_) | Self::Workload(_) | Self::Hardware(_) | Self::OpenFiles { .. })
+        match self {
+            Self::Reports(error) => error.is_usage(),
+            other => matches!(
+                other,
+                Self::Usage(_) | Self::Workload(_) | Self::Hardware(_) | Self::OpenFiles { .. }
+            ),
+        }
     }
 }
 
-/// Runs the benchmark and writes its result to `out`.
+/// Runs the benchmark and writes its result to `out`, or does what is asked with saved results.
 ///
 /// # Errors
 /// If the settings cannot work, the target cannot be measured, a file cannot be written, or, after the result is
 /// out, if its figures do not stand.
 pub fn run(command: &BenchCommand, out: &mut impl Write) -> Result<(), Error> {
+    if let Some(action) = &command.action {
+        return Ok(reports::run(action, out)?);
+    }
     let settings = BenchSettings::new(command, |name| std::env::var(name).ok())?;
     let limiter = Limiter::new(&command.report, &settings.target)?;
     raise_open_files(&settings)?;
@@ -84,7 +97,7 @@ pub fn run(command: &BenchCommand, out: &mut impl Write) -> Result<(), Error> {
     // One thread sends, reads and looks at the clock, so that nothing of the load generator competes with it.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (result, details) = runtime.block_on(measure(&settings, limiter, output, stop))?;
-    report(&settings, &result, details, out)?;
+    print(&settings, &result, details, out)?;
     judge(&result)
 }
 
@@ -125,12 +138,15 @@ async fn bench<T: Target>(
     stop: CancellationToken,
 ) -> Result<(BenchResult, Vec<RequestRecord>), Error> {
     let started_unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut details = Vec::new();
+    let (mut details, mut pictured) = (Vec::new(), report::Details::default());
     let mut keep = |record: &RequestRecord| {
         if settings.save_detailed {
             details.push(record.clone());
         }
-        output.as_mut().map_or(Ok(()), |output| output.record(record))
+        output.as_mut().map_or(Ok(()), |output| {
+            pictured.add(record);
+            output.record(record)
+        })
     };
     let workload = workload_info(settings, &prepared);
     let session = Session {
@@ -138,7 +154,7 @@ async fn bench<T: Target>(
         workload: &prepared.workload,
         writer: prepared.writer,
         settings: &settings.session,
-        observer: &mut Lines::default(),
+        observer: &mut Progress::new(&settings.session, &prepared.workload, settings.quiet),
         records: &mut keep,
         stop,
     };
@@ -162,8 +178,9 @@ async fn bench<T: Target>(
         metadata: settings.metadata.clone(),
     };
     let result = BenchResult { schema_version: SCHEMA_VERSION, header, points, search };
-    if let Some(output) = output {
+    if let (Some(output), Some(folder)) = (output, &settings.out) {
         output.finish(&result, &detailed(&result, &details))?;
+        report::write(folder, &result, &pictured)?;
     }
     Ok((result, details))
 }
@@ -193,7 +210,7 @@ fn detailed(result: &BenchResult, records: &[RequestRecord]) -> serde_json::Map<
     if of_point.is_empty() { serde_json::Map::new() } else { vllm::detailed_keys(&of_point) }
 }
 
-fn report(
+fn print(
     settings: &BenchSettings,
     result: &BenchResult,
     details: Vec<RequestRecord>,

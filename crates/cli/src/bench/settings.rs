@@ -41,6 +41,8 @@ pub struct BenchSettings {
     pub extra_body: Map<String, Value>,
     pub out: Option<PathBuf>,
     pub json: bool,
+    /// Whether nothing is shown while it runs.
+    pub quiet: bool,
     pub save_detailed: bool,
     pub label: Option<String>,
     pub metadata: BTreeMap<String, String>,
@@ -144,6 +146,7 @@ impl BenchSettings {
             extra_body,
             out: command.report.out.clone(),
             json: command.report.json,
+            quiet: command.report.quiet || command.report.json,
             save_detailed: command.report.save_detailed,
             label: command.report.label.clone(),
             metadata: metadata(&command.report.metadata)?,
