@@ -12,7 +12,7 @@ pub mod assumptions;
 pub mod dtype;
 pub mod formulas;
 pub mod hardware;
-mod numbers;
+pub mod numbers;
 mod pace;
 pub mod planner;
 pub mod roofline;

@@ -50,7 +50,7 @@ pub struct Computed {
 }
 
 /// A calculation that cannot be carried out.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Debug, PartialEq, thiserror::Error)]
 pub enum EvaluationError {
     #[error("the ledger has no model {0}")]
     NoModel(String),
@@ -104,16 +104,29 @@ impl Calculation {
             Self::PoolTokens { on, utilisation, activation_bytes_per_gpu } => {
                 inputs.replica(on).map(|replica| replica.pool_tokens(*utilisation, *activation_bytes_per_gpu))
             }
-            Self::Capacity { on, utilisation, activation_bytes_per_gpu, tokens_per_request } => inputs
-                .replica(on)
-                .map(|replica| replica.capacity(*utilisation, *activation_bytes_per_gpu, *tokens_per_request)),
+            Self::Capacity { on, utilisation, activation_bytes_per_gpu, tokens_per_request } => {
+                inputs.replica(on).map(|replica| {
+                    replica.capacity(*utilisation, *activation_bytes_per_gpu, *tokens_per_request)
+                })
+            }
             Self::GpusToHold { on, requests, tokens_per_request } => {
                 inputs.gpus_to_hold(on, *requests, *tokens_per_request)
             }
             Self::Prefill { on, tokens } => inputs.replica(on).map(|replica| replica.prefill(*tokens)),
-            Self::PrefillFactor { on, input_tokens, output_tokens, mfu, decode_tokens_per_second_per_gpu } => {
+            Self::PrefillFactor {
+                on,
+                input_tokens,
+                output_tokens,
+                mfu,
+                decode_tokens_per_second_per_gpu,
+            } => {
                 let replica = inputs.replica(on)?;
-                Ok(replica.prefill_factor(*input_tokens, *output_tokens, *mfu, *decode_tokens_per_second_per_gpu))
+                Ok(replica.prefill_factor(
+                    *input_tokens,
+                    *output_tokens,
+                    *mfu,
+                    *decode_tokens_per_second_per_gpu,
+                ))
             }
             Self::Plan { on } => inputs.plan(on),
             Self::InFlight { arrivals_per_second, residence_seconds } => {
@@ -143,7 +156,13 @@ impl Calculation {
             Self::RequestRate { users, requests_per_user, peak_factor } => {
                 Ok(rate(Unit::RequestsPerSecond, *users, *requests_per_user, *peak_factor))
             }
-            Self::GpusForRate { users, tokens_per_user, peak_factor, tokens_per_second_per_gpu, headroom } => {
+            Self::GpusForRate {
+                users,
+                tokens_per_user,
+                peak_factor,
+                tokens_per_second_per_gpu,
+                headroom,
+            } => {
                 let rate = rate(Unit::TokensPerSecond, *users, *tokens_per_user, *peak_factor);
                 Ok(gpus_for_rate(&rate, *tokens_per_second_per_gpu, *headroom))
             }
@@ -412,14 +431,14 @@ impl Replica {
             return format!(
                 "2 x {} x {} / {} (arithmetic binds)",
                 parameters(self.decode.streamed_parameters as u64),
-                short(batch.sequences),
+                given(batch.sequences),
                 times(self.gpus.count, &flops(self.gpus.flops_per_second))
             );
         }
         format!(
             "({} + {} x {} x {} B) / {}",
             bytes(self.decode.streamed_bytes),
-            short(batch.sequences),
+            given(batch.sequences),
             grouped(batch.context_tokens),
             grouped(self.decode.kv_bytes_per_token),
             self.bandwidths()
@@ -427,12 +446,7 @@ impl Replica {
     }
 
     fn circumstances(&self, batch: DecodeBatch) -> String {
-        format!(
-            "{}, B = {}, L = {}",
-            tp(self.gpus.count),
-            short(batch.sequences),
-            grouped(batch.context_tokens)
-        )
+        format!("{}, B={}, L={}", tp(self.gpus.count), given(batch.sequences), grouped(batch.context_tokens))
     }
 
     fn decode_step(&self, sequences: f64, context_tokens: f64) -> Computed {
@@ -457,7 +471,7 @@ impl Replica {
             formula: "F3",
             at: self.circumstances(batch),
             general: "B / max((W + B x L x kv) / (TP x BW), 2 x P x B / (TP x FLOP/s)) / TP",
-            substituted: format!("{} / [{}]{shared}", short(sequences), self.step_substituted(batch)),
+            substituted: format!("{} / [{}]{shared}", given(sequences), self.step_substituted(batch)),
         }
     }
 
@@ -476,7 +490,7 @@ impl Replica {
             value: self.per_gpu(rate),
             unit: Unit::TokensPerSecondPerGpu,
             formula: "F3",
-            at: format!("B without end, L = {}", grouped(context)),
+            at: format!("B without end, L={}", grouped(context)),
             general: "BW / (L x kv)",
             substituted: format!(
                 "{} / ({} x {} B)",
@@ -493,7 +507,7 @@ impl Replica {
             value: formulas::half_batch(self.decode, context),
             unit: Unit::Sequences,
             formula: "F3",
-            at: format!("B_half at L = {}", grouped(context)),
+            at: format!("B_half at L={}", grouped(context)),
             general: "B_half = W / (L x kv)",
             substituted: format!(
                 "{} / ({} x {} B)",
@@ -530,7 +544,7 @@ impl Replica {
             value: rate(sequences) / rate(1.0),
             unit: Unit::Factor,
             formula: "F3",
-            at: format!("B = {}, L = {}", short(sequences), grouped(batch.context_tokens)),
+            at: format!("B={}, L={}", given(sequences), grouped(batch.context_tokens)),
             general: "throughput(B) / throughput(1)",
             substituted: format!("{} tok/s / {} tok/s", short(rate(sequences)), short(rate(1.0))),
         }
@@ -599,16 +613,11 @@ impl Replica {
         }
     }
 
-    fn capacity(
-        &self,
-        utilisation: f64,
-        activation_bytes_per_gpu: f64,
-        tokens_per_request: u64,
-    ) -> Computed {
+    fn capacity(&self, utilisation: f64, activation_bytes_per_gpu: f64, tokens_per_request: u64) -> Computed {
         let tokens = self.fitting(tokens_per_request);
         let pool = self.pool_bytes(utilisation, activation_bytes_per_gpu);
         Computed {
-            value: formulas::batch_capacity(pool, tokens as f64, self.decode.kv_bytes_per_token).floor(),
+            value: formulas::batch_capacity(pool, tokens as f64, self.decode.kv_bytes_per_token),
             unit: Unit::Requests,
             formula: "F4",
             at: format!("{}, {} tokens each", tp(self.gpus.count), whole(tokens)),
@@ -686,17 +695,16 @@ impl Replica {
 
     fn answer_floor(&self, tokens: f64) -> Computed {
         let step = formulas::decode_step_floor_seconds(self.decode, self.batch(1.0, 0.0), self.gpus);
-        let residence =
-            MeanResidence { ttft_seconds: step, output_tokens: tokens - 1.0, tpot_seconds: step };
+        let residence = MeanResidence { ttft_seconds: step, output_tokens: tokens - 1.0, tpot_seconds: step };
         Computed {
             value: residence.seconds(),
             unit: Unit::Seconds,
             formula: "F2",
-            at: format!("{} tokens out, alone, {}", short(tokens), tp(self.gpus.count)),
+            at: format!("{} tokens out, alone, {}", given(tokens), tp(self.gpus.count)),
             general: "OSL x W / (TP x BW)",
             substituted: format!(
                 "{} x {} / {}",
-                short(tokens),
+                given(tokens),
                 bytes(self.decode.streamed_bytes),
                 self.bandwidths()
             ),
@@ -782,7 +790,7 @@ fn in_flight(arrivals_per_second: f64, residence_seconds: f64) -> Computed {
         formula: "F7",
         at: format!("mean residence {}", seconds(residence_seconds)),
         general: "arrival rate x mean residence",
-        substituted: format!("{}/s x {}", short(arrivals_per_second), seconds(residence_seconds)),
+        substituted: format!("{}/s x {}", given(arrivals_per_second), seconds(residence_seconds)),
     }
 }
 
@@ -792,12 +800,12 @@ fn residence(ttft_seconds: f64, output_tokens: f64, tpot_seconds: f64) -> Comput
         value: residence.seconds(),
         unit: Unit::Seconds,
         formula: "F7",
-        at: format!("after {} tokens", short(output_tokens)),
+        at: format!("after {} tokens", given(output_tokens)),
         general: "TTFT + OSL x TPOT",
         substituted: format!(
             "{} + {} x {}",
             seconds(ttft_seconds),
-            short(output_tokens),
+            given(output_tokens),
             seconds(tpot_seconds)
         ),
     }
@@ -808,7 +816,11 @@ fn price(dollars_per_gpu_hour: f64, tokens_per_second_per_gpu: f64) -> Computed 
         value: formulas::dollars_per_million_tokens(dollars_per_gpu_hour, tokens_per_second_per_gpu),
         unit: Unit::DollarsPerMillionTokens,
         formula: "F10",
-        at: format!("{}/h, {} tok/s", dollars(dollars_per_gpu_hour), short(tokens_per_second_per_gpu)),
+        at: format!(
+            "{}/h, {} tok/s",
+            dollars(dollars_per_gpu_hour),
+            given(tokens_per_second_per_gpu.round())
+        ),
         general: "$/GPU-hour / (tok/s/GPU x 3600) x 1M",
         substituted: format!(
             "{} / ({} x 3600) x 1M",

@@ -8,7 +8,7 @@
 pub mod calculation;
 pub mod evaluate;
 pub mod html;
-mod lines;
+pub mod lines;
 pub mod markdown;
 mod plot;
 pub mod row;

@@ -1,7 +1,7 @@
 //! Units of the ledger's numbers, and how a number in one of them is written.
 
 use serde::{Deserialize, Serialize};
-use servelab_sim::numbers::{bytes, dollars, grouped, seconds, short, whole};
+use servelab_sim::numbers::{bytes, dollars, given, grouped, seconds, short, whole};
 
 /// What a number counts.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -37,22 +37,30 @@ impl Unit {
             Self::BytesPerToken => format!("{} B/token", grouped(value)),
             Self::Bytes => bytes(value),
             Self::Seconds => seconds(value),
-            Self::Sequences => format!("{} sequences", short(value)),
-            Self::Requests => format!("{} requests", short(value)),
-            Self::Tokens => format!("{} tokens", short(value)),
+            Self::Sequences => counted(value, "sequence"),
+            Self::Requests => counted(value, "request"),
+            Self::Tokens => counted(value, "token"),
             Self::Gpus => format!("{} GPUs", whole(value.round() as u64)),
             Self::Factor => format!("{}x", short(value)),
             Self::Share => percent(value),
-            Self::Deviation => format!("{}{}", if value > 0.0 { "+" } else { "" }, percent(value)),
+            Self::Deviation => format!("{}{}", if value > 0.0005 { "+" } else { "" }, percent(value)),
             Self::DollarsPerMillionTokens => format!("{} per 1M tokens", dollars(value)),
         }
     }
 }
 
+/// `16 requests`, `16.5 requests`, `1 request`.
+fn counted(value: f64, unit: &str) -> String {
+    let number = if value.fract() == 0.0 { given(value) } else { short(value) };
+    format!("{number} {unit}{}", if value == 1.0 { "" } else { "s" })
+}
+
 /// `31 %`, `0.4 %`, `1,240 %`.
 pub fn percent(share: f64) -> String {
     let percent = 100.0 * share;
-    if percent != 0.0 && percent.abs() < 9.95 {
+    if percent.abs() < 0.05 {
+        "0 %".to_owned()
+    } else if percent.abs() < 9.95 {
         format!("{percent:.1} %")
     } else {
         format!("{} %", grouped(percent))
@@ -77,6 +85,9 @@ mod tests {
             (Unit::Deviation, 0.53, "+53 %"),
             (Unit::Deviation, -0.24, "-24 %"),
             (Unit::Deviation, 12.4, "+1,240 %"),
+            (Unit::Deviation, 0.000_2, "0 %"),
+            (Unit::Requests, 16.0, "16 requests"),
+            (Unit::Requests, 16.5, "16.5 requests"),
             (Unit::DollarsPerMillionTokens, 0.8333, "$0.83 per 1M tokens"),
         ];
         for (unit, value, text) in shown {

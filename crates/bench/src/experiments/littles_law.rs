@@ -1,0 +1,85 @@
+//! Little's law: requests that arrive by the clock, counted while they are in flight, against rate x mean residence.
+
+use std::time::Duration;
+
+use servelab_sim::formulas::{MeanResidence, in_flight};
+use servelab_sim::numbers::{seconds, short};
+
+use super::ExperimentError;
+use super::lab::{Lab, Shape};
+use super::measurement::PredictionKind;
+use crate::arrivals::ArrivalShape;
+use crate::ledger::Unit;
+use crate::measure;
+use crate::phases::{Extent, PhasePlan};
+use crate::result::RequestRecord;
+use crate::run::LoadShape;
+use crate::stats;
+
+const INPUT_TOKENS: u32 = 32;
+/// In flight at the pace of a request alone: some of them meet, and the server is not full.
+const WANTED_IN_FLIGHT: f64 = 1.5;
+const RESIDENCE_SECONDS: f64 = 0.25;
+const SECONDS: f64 = 8.0;
+
+pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
+    lab.replica(&[]).await?;
+    let pace = lab.pace().await?;
+    let room = lab.max_model_len().saturating_sub(INPUT_TOKENS).max(2);
+    let output_tokens = Lab::fitting(RESIDENCE_SECONDS, pace.step_seconds, 16, 256).min(room);
+    let residence = MeanResidence {
+        ttft_seconds: pace.overhead_seconds + f64::from(INPUT_TOKENS) * pace.prefill_seconds_per_token,
+        output_tokens: f64::from(output_tokens - 1),
+        tpot_seconds: pace.step_seconds,
+    };
+    let rate = WANTED_IN_FLIGHT / residence.seconds();
+    let said = lab.predict(
+        "in_flight",
+        format!("in flight at {} req/s", short(rate)),
+        Unit::Requests,
+        PredictionKind::Equal,
+        in_flight(rate, residence),
+        format!(
+            "F7: {}/s x ({} + {} x {}), the pace of a request alone",
+            short(rate),
+            seconds(residence.ttft_seconds),
+            output_tokens - 1,
+            seconds(pace.step_seconds)
+        ),
+    );
+    let because = "the two are one number, counted in two ways".to_owned();
+    let identity = lab.predict(
+        "identity",
+        "in flight / (rate x mean residence), both measured",
+        Unit::Factor,
+        PredictionKind::Equal,
+        1.0,
+        because,
+    );
+    let shortcut = Lab::unpredicted("p99_in_flight", "what rate x p99 residence would say", Unit::Requests);
+    lab.progress("requests arrive by the clock");
+    let load = LoadShape::Open { arrivals: ArrivalShape::poisson(rate), max_concurrency: None };
+    let measured = Extent::Time(Duration::from_secs_f64(SECONDS));
+    let phases = PhasePlan { warm_up: Extent::Requests(0), measured, cool_down: false };
+    let log = lab.load(load, phases, Shape { input_tokens: INPUT_TOKENS, output_tokens }).await?;
+    let law = measure::littles_law(&log);
+    if !law.holds {
+        let found = format!("{:.3} and {:.3}", law.mean_in_flight, law.rate_times_residence);
+        return Err(ExperimentError::DoesNotStand(format!("Little's law does not hold: {found}")));
+    }
+    let (mean, p99) = residences(&log.records);
+    let note = format!("{} requests, mean residence {}", log.records.len(), seconds(mean));
+    lab.found(said, law.mean_in_flight, None, Some(note));
+    lab.found(identity, law.mean_in_flight / law.rate_times_residence, None, None);
+    let measured_rate = law.rate_times_residence / mean;
+    lab.found(shortcut, measured_rate * p99, None, Some(format!("the p99 is {}", seconds(p99))));
+    Ok(())
+}
+
+/// Mean and 99th percentile, from sending to the end.
+fn residences(records: &[RequestRecord]) -> (f64, f64) {
+    let residence = |record: &RequestRecord| Some(record.end_seconds - record.sent_seconds?);
+    let mut all: Vec<f64> = records.iter().filter_map(residence).collect();
+    all.sort_unstable_by(f64::total_cmp);
+    (stats::mean(&all), stats::percentile(&all, 99.0))
+}
