@@ -1,1 +1,4 @@
-//! Benchmarks live in `engine.rs` and `operations.rs`; recorded results in `results/`.
+//! Benchmarks live in `engine.rs`, `operations.rs` and `router.rs`, the test bed of the router's choices in
+//! `routing/`; recorded results in `results/`.
+
+pub mod routing;

@@ -1,0 +1,329 @@
+//! All replicas as the choice sees them: what each holds, has to do, and how fast it works.
+//!
+//! Plain data with the time as an argument, so that the proxy drives it in real time and the test bed of
+//! `benches/routing` in virtual time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use servelab_engine::BlockHash;
+
+use super::index::{Matches, PrefixIndex};
+use super::latency::PeakEwma;
+use super::load::{Dispatch, Load, Report, Work};
+use super::picker::{Ask, Candidate, Decision, Picker};
+use super::policy::Policy;
+use super::rates::{Counters, Pace, Rates};
+use super::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
+
+/// How the fleet chooses.
+#[derive(Clone, Copy, Debug)]
+pub struct FleetOptions {
+    pub policy: Policy,
+    /// Of the random numbers that break ties.
+    pub seed: u64,
+    /// Most that the index of prefixes takes.
+    pub index_bytes: usize,
+    /// Tokens per block of the chains that requests bring.
+    pub block_size: u32,
+    /// What to expect of a replica while none has been measured.
+    pub prior: Pace,
+}
+
+/// A request as the choice sees it.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    pub tokens: u32,
+    /// Hashes of its full blocks; empty if it was not read.
+    pub chain: Vec<BlockHash>,
+    /// A hash of the session's name, if the request has one.
+    pub session: Option<u64>,
+    /// Answers that are generated.
+    pub sequences: u32,
+    /// Tokens that each answer is likely to have.
+    pub output_tokens: u32,
+}
+
+/// A replica.
+#[derive(Debug)]
+struct Member {
+    /// A hash of its address.
+    key: u64,
+    load: Arc<Load>,
+    rates: Rates,
+    latency: PeakEwma,
+}
+
+/// The replicas and the picker over them.
+#[derive(Debug)]
+pub struct Fleet {
+    index: PrefixIndex,
+    picker: Picker,
+    members: Box<[Option<Member>; MAX_REPLICAS]>,
+    present: ReplicaSet,
+    block_size: u32,
+    prior: Pace,
+    /// Kept between lookups.
+    matches: Matches,
+}
+
+/// Blocks of a replica that has not told how many it has: as many as fit into the index.
+const UNKNOWN_LIMIT: u32 = u32::MAX;
+
+impl Fleet {
+    pub fn new(options: FleetOptions) -> Self {
+        Self {
+            index: PrefixIndex::new(options.index_bytes),
+            picker: Picker::new(options.policy, options.seed),
+            members: Box::new([const { None }; MAX_REPLICAS]),
+            present: ReplicaSet::EMPTY,
+            block_size: options.block_size,
+            prior: options.prior,
+            matches: Matches::default(),
+        }
+    }
+
+    pub fn policy(&self) -> Policy {
+        self.picker.policy()
+    }
+
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    pub fn index(&self) -> &PrefixIndex {
+        &self.index
+    }
+
+    pub fn replicas(&self) -> ReplicaSet {
+        self.present
+    }
+
+    /// Takes a replica in; `key` is a hash of its address. `None` if there are [`MAX_REPLICAS`] already.
+    pub fn add(&mut self, key: u64) -> Option<ReplicaId> {
+        let place = self.members.iter().position(Option::is_none)?;
+        let replica = ReplicaId(place as u8);
+        let (rates, latency) = (Rates::default(), PeakEwma::default());
+        self.members[place] = Some(Member { key, load: Arc::default(), rates, latency });
+        self.present.insert(replica);
+        self.index.add(replica, UNKNOWN_LIMIT);
+        Some(replica)
+    }
+
+    /// Forgets a replica and what it holds. Dispatches that are under way end as they would have.
+    pub fn remove(&mut self, replica: ReplicaId) {
+        self.members[usize::from(replica.0)] = None;
+        self.present.remove(replica);
+        self.index.remove(replica);
+    }
+
+    /// The replica has told how many tokens its KV cache holds.
+    pub fn set_capacity(&mut self, replica: ReplicaId, tokens: u64) {
+        let Some(member) = self.member(replica) else { return };
+        member.load.set_capacity(tokens);
+        let blocks = tokens / u64::from(self.block_size.max(1));
+        self.index.add(replica, u32::try_from(blocks).unwrap_or(UNKNOWN_LIMIT));
+    }
+
+    /// The replica's cache is empty: it was reset, or the replica was started anew.
+    pub fn clear(&mut self, replica: ReplicaId) {
+        self.index.clear(replica);
+    }
+
+    /// The replica says that it stored a block.
+    pub fn stored(&mut self, replica: ReplicaId, block: BlockHash) {
+        self.index.store(replica, block);
+    }
+
+    /// The replica says that it removed a block.
+    pub fn removed(&mut self, replica: ReplicaId, block: BlockHash) {
+        self.index.forget(replica, block);
+    }
+
+    /// What the replica says of its load; `None` once its last word is too old.
+    pub fn report(&mut self, replica: ReplicaId, report: Option<Report>) {
+        if let Some(member) = self.member(replica) {
+            member.load.report(report);
+        }
+    }
+
+    /// What the replica counts.
+    pub fn observe(&mut self, replica: ReplicaId, counters: Counters) {
+        if let Some(member) = self.member_mut(replica) {
+            member.rates.observe(counters);
+        }
+    }
+
+    /// A request got the first byte of its answer after that time.
+    pub fn answered(&mut self, replica: ReplicaId, now: Duration, seconds: f64) {
+        if let Some(member) = self.member_mut(replica) {
+            member.latency.observe(now, seconds);
+        }
+    }
+
+    /// What is known of a replica's load.
+    pub fn load(&self, replica: ReplicaId) -> Option<&Arc<Load>> {
+        self.member(replica).map(|member| &member.load)
+    }
+
+    /// The pace of a replica: its own where measured, else the others'.
+    pub fn pace(&self, replica: ReplicaId) -> Pace {
+        let mean = self.mean_pace();
+        self.member(replica).map_or(mean, |member| member.rates.pace(mean))
+    }
+
+    /// Chooses among the eligible replicas by what the fleet knows. `None` if none is eligible.
+    pub fn decide(&mut self, now: Duration, prompt: &Prompt, eligible: &ReplicaSet) -> Option<Decision> {
+        let mut matches = std::mem::take(&mut self.matches);
+        self.index.matches(&prompt.chain, &mut matches);
+        let decision = self.decide_with(now, prompt, eligible, &matches);
+        self.matches = matches;
+        decision
+    }
+
+    /// The same with the matches given: for a test bed that knows every cache exactly.
+    pub fn decide_with(
+        &mut self,
+        now: Duration,
+        prompt: &Prompt,
+        eligible: &ReplicaSet,
+        matches: &Matches,
+    ) -> Option<Decision> {
+        let mean = self.mean_pace();
+        let candidate = |replica: ReplicaId| {
+            let member = self.member(replica)?;
+            Some(Candidate {
+                replica,
+                key: member.key,
+                load: member.load.view(),
+                pace: member.rates.pace(mean),
+                latency_seconds: member.latency.seconds(now),
+                matched_tokens: matches.of(replica).saturating_mul(self.block_size),
+            })
+        };
+        let candidates: Vec<Candidate> = self.present.and(eligible).iter().filter_map(candidate).collect();
+        let ask = Ask {
+            prompt_tokens: prompt.tokens,
+            session: prompt.session,
+            beginning: prompt.chain.first().map(|block| block.0 as u64),
+        };
+        self.picker.pick(&ask, &candidates)
+    }
+
+    /// The request goes to the replica: counts it there until the guard is dropped, and notes that the replica will
+    /// hold its prompt. `None` if the replica is gone.
+    pub fn dispatch(&mut self, replica: ReplicaId, prompt: &Prompt, matched_tokens: u32) -> Option<Dispatch> {
+        let load = self.load(replica)?.clone();
+        self.index.touch(replica, &prompt.chain);
+        let sequences = prompt.sequences.max(1);
+        let answers = u64::from(prompt.output_tokens / 2) * u64::from(sequences);
+        Some(load.dispatch(Work {
+            sequences,
+            prefill_tokens: u64::from(prompt.tokens.saturating_sub(matched_tokens)),
+            prompt_tokens: prompt.tokens.into(),
+            context_tokens: u64::from(prompt.tokens) + answers,
+        }))
+    }
+
+    fn mean_pace(&self) -> Pace {
+        Rates::mean(self.members.iter().flatten().map(|member| &member.rates), self.prior)
+    }
+
+    fn member(&self, replica: ReplicaId) -> Option<&Member> {
+        self.members[usize::from(replica.0)].as_ref()
+    }
+
+    fn member_mut(&mut self, replica: ReplicaId) -> Option<&mut Member> {
+        self.members[usize::from(replica.0)].as_mut()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use servelab_engine::hash_blocks;
+
+    use super::*;
+
+    fn fleet(policy: Policy, replicas: u64) -> (Fleet, ReplicaSet) {
+        let options =
+            FleetOptions { policy, seed: 1, index_bytes: 1 << 20, block_size: 16, prior: Pace::default() };
+        let mut fleet = Fleet::new(options);
+        let all = (0..replicas).map(|key| fleet.add(key).unwrap()).collect();
+        (fleet, all)
+    }
+
+    fn prompt(first: u32, tokens: u32) -> Prompt {
+        let ids: Vec<u32> = (first..first + tokens).collect();
+        Prompt { tokens, chain: hash_blocks(&ids, 16, 0), sequences: 1, output_tokens: 100, session: None }
+    }
+
+    fn send(fleet: &mut Fleet, prompt: &Prompt, eligible: &ReplicaSet) -> (Decision, Dispatch) {
+        let decision = fleet.decide(Duration::ZERO, prompt, eligible).unwrap();
+        let matched = decision.terms().unwrap().matched_tokens;
+        let dispatch = fleet.dispatch(decision.replica, prompt, matched).unwrap();
+        (decision, dispatch)
+    }
+
+    #[test]
+    fn a_second_turn_goes_where_the_first_went() {
+        let (mut fleet, all) = fleet(Policy::Cost, 8);
+        for conversation in 0..20 {
+            let (first, _) = send(&mut fleet, &prompt(conversation * 10_000, 500), &all);
+            let (second, dispatch) = send(&mut fleet, &prompt(conversation * 10_000, 900), &all);
+            assert_eq!(first.replica, second.replica);
+            assert_eq!(second.terms().unwrap().matched_tokens, 496);
+            assert_eq!(fleet.load(second.replica).unwrap().view().pending_prefill_tokens, 900 - 496);
+            drop(dispatch);
+        }
+    }
+
+    /// Requests that come at once spread, though no report has come in between.
+    #[test]
+    fn a_burst_spreads_without_any_report() {
+        let (mut fleet, all) = fleet(Policy::Cost, 8);
+        let sent: Vec<_> = (0..80).map(|at| send(&mut fleet, &prompt(at * 10_000, 500), &all)).collect();
+        for replica in all.iter() {
+            let count = sent.iter().filter(|(decision, _)| decision.replica == replica).count();
+            assert_eq!(count, 10);
+        }
+    }
+
+    #[test]
+    fn only_eligible_replicas_are_chosen_and_a_newcomer_inherits_nothing() {
+        let (mut fleet, all) = fleet(Policy::Cost, 3);
+        let shared = prompt(0, 800);
+        let (first, dispatch) = send(&mut fleet, &shared, &all);
+        let mut others = all;
+        others.remove(first.replica);
+        assert_ne!(send(&mut fleet, &shared, &others).0.replica, first.replica);
+        assert_eq!(fleet.decide(Duration::ZERO, &shared, &ReplicaSet::EMPTY), None);
+
+        fleet.remove(first.replica);
+        drop(dispatch);
+        let newcomer = fleet.add(77).unwrap();
+        assert_eq!(newcomer, first.replica, "the place is given out again");
+        let terms = fleet.decide(Duration::ZERO, &shared, &all).unwrap().table;
+        let of_newcomer = terms.iter().find(|terms| terms.replica == newcomer).unwrap();
+        assert_eq!((of_newcomer.matched_tokens, of_newcomer.queue_seconds), (0, 0.0));
+    }
+
+    #[test]
+    fn the_cache_of_a_replica_bounds_what_it_is_thought_to_hold() {
+        let (mut fleet, all) = fleet(Policy::Cost, 1);
+        let replica = all.iter().next().unwrap();
+        fleet.set_capacity(replica, 1600);
+        (0..10).for_each(|at| drop(send(&mut fleet, &prompt(at * 10_000, 800), &all)));
+        assert_eq!(fleet.index().blocks(replica), 100);
+        fleet.clear(replica);
+        assert!(fleet.index().is_empty());
+    }
+
+    #[test]
+    fn there_is_room_for_256_and_no_more() {
+        let (mut fleet, all) = fleet(Policy::Cost, 256);
+        assert_eq!(all.iter().count(), 256);
+        assert_eq!(fleet.add(1), None);
+        let (decision, _dispatch) = send(&mut fleet, &prompt(0, 100), &all);
+        assert_eq!(decision.table.len(), 256);
+    }
+}
