@@ -5,12 +5,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use servelab_engine::{AdmissionError, Timestamp};
+use servelab_front::ApiKeys;
 use servelab_telemetry::{Metrics, RejectionReason};
 use servelab_wire::CommonFields;
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Place;
-use crate::auth::ApiKeys;
 use crate::clock::Clock;
 use crate::engine_thread::Heartbeat;
 use crate::errors::ApiError;

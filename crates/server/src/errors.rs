@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use servelab_engine::AdmissionError;
+use servelab_front::KeyError;
 use servelab_text::TextError;
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType, FieldError};
 
@@ -23,10 +24,8 @@ pub enum ApiError {
     BodyBroken(String),
     #[error("the body did not arrive within {} s", .0.as_secs())]
     BodySlow(Duration),
-    #[error("no API key was given; send it as \"Authorization: Bearer KEY\"")]
-    NoKey,
-    #[error("the API key is not known here")]
-    WrongKey,
+    #[error(transparent)]
+    Key(#[from] KeyError),
     #[error("the model {model:?} does not exist; this server serves {served}")]
     NoSuchModel { model: String, served: String },
     #[error("there is nothing at {path}")]
@@ -117,9 +116,7 @@ impl ApiError {
             Self::TooLarge { .. } => {
                 (StatusCode::PAYLOAD_TOO_LARGE, InvalidRequestError, Some("body_too_large"))
             }
-            Self::NoKey | Self::WrongKey => {
-                (StatusCode::UNAUTHORIZED, AuthenticationError, Some("invalid_api_key"))
-            }
+            Self::Key(_) => (StatusCode::UNAUTHORIZED, AuthenticationError, Some("invalid_api_key")),
             Self::NoSuchModel { .. } => (StatusCode::NOT_FOUND, InvalidRequestError, Some("model_not_found")),
             Self::NoSuchRoute { .. } => (StatusCode::NOT_FOUND, NotFoundError, Some("not_found")),
             Self::WrongMethod { .. } => {

@@ -6,11 +6,9 @@
 
 mod admission;
 mod app;
-mod auth;
 mod blocking;
 mod body;
 mod clock;
-mod connections;
 mod drain;
 mod engine_thread;
 mod errors;
@@ -19,7 +17,6 @@ mod loading;
 mod logprobs;
 mod model;
 pub mod options;
-mod request_id;
 mod routes;
 mod run_ahead;
 mod server;

@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use servelab_engine::ConfigError;
+use servelab_front::{ApiKeys, UnusableKey, connections};
 use servelab_telemetry::RejectionReason;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::app::{App, Phase};
-use crate::auth::{ApiKeys, UnusableKey};
 use crate::clock::Clock;
-use crate::connections;
 use crate::drain::drain;
 use crate::engine_thread::{EngineEnd, Heartbeat};
 use crate::errors::ApiError;

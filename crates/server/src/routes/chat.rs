@@ -19,9 +19,9 @@ use crate::errors::ApiError;
 use crate::generation::{Delta, Generation};
 use crate::logprobs;
 use crate::model::{Ask, Conversation, Model, TokenisedPrompt};
-use crate::request_id::HttpRequestId;
 use crate::run_ahead::deltas;
 use crate::sse;
+use servelab_front::request_id::HttpRequestId;
 
 pub async fn create(
     State(app): State<Arc<App>>,

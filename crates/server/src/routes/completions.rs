@@ -18,9 +18,9 @@ use crate::errors::ApiError;
 use crate::generation::{Delta, Finish, Generation};
 use crate::logprobs::{self, CompletionColumns};
 use crate::model::{Ask, Model, TokenisedPrompt};
-use crate::request_id::HttpRequestId;
 use crate::run_ahead::deltas;
 use crate::sse;
+use servelab_front::request_id::HttpRequestId;
 
 pub async fn create(
     State(app): State<Arc<App>>,

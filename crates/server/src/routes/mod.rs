@@ -16,11 +16,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::{Method, Uri};
+use servelab_front::request_id::with_request_id;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::app::{App, Arrived};
 use crate::errors::ApiError;
-use crate::request_id::with_request_id;
 
 /// Every route, as the metrics name it.
 pub const ROUTES: &[&str] = &[

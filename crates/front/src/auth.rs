@@ -2,12 +2,19 @@
 
 use http::{HeaderMap, header};
 use servelab_telemetry::Secret;
-use subtle::{Choice, ConstantTimeEq};
-
-use crate::errors::ApiError;
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 /// Keys are padded to that many bytes before they are compared.
 pub const MAX_KEY_BYTES: usize = 256;
+
+/// Why a request may not come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    #[error("no API key was given; send it as \"Authorization: Bearer KEY\"")]
+    Missing,
+    #[error("the API key is not known here")]
+    Unknown,
+}
 
 /// The keys that open this server. How long a comparison takes does not depend on the key presented,
 /// on the keys known, nor on where they differ: all are padded to one length and all are compared.
@@ -58,20 +65,27 @@ impl ApiKeys {
         Ok(Self { keys: keys.collect::<Result<_, _>>()? })
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// Which key the request presents, counted from 0; `None` where no keys are asked for.
+    ///
     /// # Errors
     /// If keys are asked for and the request presents none of them.
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+    pub fn check(&self, headers: &HeaderMap) -> Result<Option<usize>, KeyError> {
         if self.keys.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
-        let presented = bearer(headers).ok_or(ApiError::NoKey)?;
-        let presented = Padded::new(presented).ok_or(ApiError::WrongKey)?;
-        let matches = |found: Choice, key: &Padded| found | key.equals(&presented);
-        if bool::from(self.keys.iter().fold(Choice::from(0), matches)) {
-            Ok(())
-        } else {
-            Err(ApiError::WrongKey)
+        let presented = bearer(headers).ok_or(KeyError::Missing)?;
+        let presented = Padded::new(presented).ok_or(KeyError::Unknown)?;
+        let (mut found, mut which) = (Choice::from(0), 0_u64);
+        for (at, key) in (0..).zip(&self.keys) {
+            let equal = key.equals(&presented);
+            which.conditional_assign(&at, equal);
+            found |= equal;
         }
+        if bool::from(found) { Ok(Some(which as usize)) } else { Err(KeyError::Unknown) }
     }
 }
 
@@ -114,6 +128,15 @@ mod tests {
     #[test]
     fn without_keys_everybody_may_come_in() {
         assert!(keys(&[]).unwrap().check(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn the_key_is_told_by_its_place() {
+        let keys = keys(&["first", "second", "third"]).unwrap();
+        let places = ["first", "second", "third"].map(|key| keys.check(&with(&format!("Bearer {key}"))));
+        assert_eq!(places, [Ok(Some(0)), Ok(Some(1)), Ok(Some(2))]);
+        assert_eq!(keys.check(&with("Bearer fourth")), Err(KeyError::Unknown));
+        assert_eq!(keys.check(&HeaderMap::new()), Err(KeyError::Missing));
     }
 
     #[test]
