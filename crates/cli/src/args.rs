@@ -8,11 +8,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::bench::args::BenchCommand;
+use crate::doctor::DoctorCommand;
 use crate::numbers_command::NumbersCommand;
 use crate::plan_command::PlanCommand;
 use crate::size::{ByteSize, TimeSpan};
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
+const DOCTOR_EXIT_CODES: &str = "Exit codes: 0 all is well, 1 something has to be fixed, 2 wrong usage.";
 const STYLES: Styles =
     Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
 
@@ -29,6 +31,9 @@ pub enum Command {
     /// Serve a model over the OpenAI API. No model named: the embedded demo model.
     #[command(after_help = EXIT_CODES)]
     Serve(Box<ServeCommand>),
+    /// Show what hardware and libraries are here, and check every kernel against plain loops.
+    #[command(after_help = DOCTOR_EXIT_CODES)]
+    Doctor(DoctorCommand),
     /// Plan capacity: daily users to QPS, tokens/s and GPUs, formula by formula.
     #[command(after_help = EXIT_CODES)]
     Plan(Box<PlanCommand>),

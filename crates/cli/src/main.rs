@@ -7,6 +7,7 @@ mod banner;
 mod bench;
 mod config_file;
 mod device;
+mod doctor;
 mod generation_config;
 mod load;
 mod memory;
@@ -44,6 +45,10 @@ fn main() -> ExitCode {
         Some(Command::Numbers(command)) => match numbers_command::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Doctor(command)) => match doctor::run(&command, &mut std::io::stdout()) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) | Err(_) => ExitCode::from(FAILED),
         },
         Some(Command::Plan(command)) => match plan_command::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,

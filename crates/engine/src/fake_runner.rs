@@ -219,7 +219,7 @@ impl ModelRunner for FakeRunner {
         let outcome = self.compute_step(step);
         // Some errors show at once, others only later.
         match outcome {
-            Err(error) if self.submitted % 2 == 0 => {
+            Err(error) if self.submitted.is_multiple_of(2) => {
                 self.steps += 1;
                 self.lose(&error);
                 Err(error)

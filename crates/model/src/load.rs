@@ -267,7 +267,7 @@ impl Prepared {
             tracing::warn!("the weights are stored in f32; on the GPU they are kept in bf16");
         }
         let start = Instant::now();
-        gpu.prepare(&specialisation(&*gpu, &self.config, &cuda)?.modules())?;
+        gpu.prepare(&specialisation(&*gpu, &self.config, &cuda)?.modules(gpu.info().arch))?;
         let compile = start.elapsed();
 
         let start = Instant::now();

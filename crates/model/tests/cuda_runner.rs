@@ -9,7 +9,7 @@
 #[path = "../src/cuda/emulator/mod.rs"]
 mod emulator;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ use servelab_engine::{
 };
 use servelab_model::cpu::KvDtype;
 use servelab_model::cpu::runner::{CpuOptions, CpuRunner};
+use servelab_model::cuda::compare::{CompareSizes, Comparison, Numbers, compare_cpu};
+use servelab_model::cuda::examine::{Effort, Finding, examine};
 use servelab_model::cuda::kernels::{Element, KvElement};
 use servelab_model::cuda::ops::CudaOptions;
 use servelab_model::cuda::runner::{CudaModel, CudaRunner, Ways};
@@ -393,7 +395,10 @@ fn a_step_that_points_outside_is_refused_and_the_runner_goes_on() {
     }
     let mut empty = good.clone();
     empty.tokens.clear();
-    (empty.positions.clear(), empty.slots.clear(), empty.sequences.clear(), empty.rows.clear());
+    empty.positions.clear();
+    empty.slots.clear();
+    empty.sequences.clear();
+    empty.rows.clear();
     assert_eq!(cuda.run(&empty).unwrap().rows.len(), 0);
 }
 
@@ -426,4 +431,185 @@ fn the_pool_is_planned_from_what_a_trial_leaves_free() {
     assert!(taken as f64 >= 0.019 * demand.total_bytes as f64, "{taken} bytes are taken");
     let mut engine = engine(runner, plan.blocks as usize, 64, true);
     assert_eq!(answer(&mut engine, request(1, &prompt(1, 20), 5)).tokens.len(), 5);
+}
+
+/// All that `servelab doctor` does with a GPU, in small.
+#[test]
+fn the_doctor_finds_nothing_wrong() {
+    let Some(emulator) = Emulator::or_skip("the doctor", 3) else { return };
+    let emulator = Arc::new(emulator);
+    let mut findings = Vec::new();
+    examine(&emulator, Effort::SMALL, &mut |finding| findings.push(finding));
+    let faults: Vec<String> = findings.iter().filter_map(Finding::fault).collect();
+    assert!(faults.is_empty(), "{faults:#?}");
+    let Finding::Limits(limits) = &findings[0] else { panic!("{findings:?}") };
+    assert!(limits.copy_bytes_per_second.is_normal() && limits.bf16_flops_per_second.is_normal());
+    let kernels: BTreeSet<&str> = findings.iter().filter_map(checked_kernel).collect();
+    let entries = kernels::FILES.iter().flat_map(|file| file.entries).map(|entry| entry.name);
+    assert!(entries.clone().all(|entry| kernels.contains(entry)), "{kernels:?}");
+    let models: Vec<_> = findings.iter().filter_map(compared_model).collect();
+    assert_eq!(models.iter().map(|(numbers, _)| *numbers).collect::<Vec<_>>(), Numbers::ALL);
+    for (numbers, comparison) in models {
+        assert!(
+            comparison.logprob_error > 0.0 && comparison.output_tokens == 6,
+            "{numbers:?} {comparison:?}"
+        );
+    }
+}
+
+fn lost() -> gpu::GpuError {
+    gpu::GpuError::Lost { operation: "decode_attention".to_owned(), reason: "illegal address".to_owned() }
+}
+
+fn checked_kernel(finding: &Finding) -> Option<&'static str> {
+    match finding {
+        Finding::Check(check) => Some(check.kernel),
+        _ => None,
+    }
+}
+
+fn compared_model(finding: &Finding) -> Option<(Numbers, Comparison)> {
+    match finding {
+        Finding::Model(numbers, comparison) => Some((*numbers, *comparison)),
+        _ => None,
+    }
+}
+
+/// A kernel file that does wrong is found, and so is a GPU that is lost on the way.
+#[test]
+fn the_doctor_says_what_failed() {
+    let Some(emulator) = Emulator::or_skip("the doctor", 3) else { return };
+    let emulator = Arc::new(emulator);
+    emulator.fail_after(40, lost());
+    let mut faults = Vec::new();
+    examine(&emulator, Effort::SMALL, &mut |finding| faults.extend(finding.fault()));
+    assert!(faults[0].contains("the checks of the kernels ended early"), "{faults:#?}");
+    assert!(faults.iter().all(|fault| fault.contains("the process has to be restarted")), "{faults:#?}");
+    assert_eq!(faults.len(), 1 + Numbers::ALL.len());
+}
+
+/// What becomes of requests when the GPU fails under them.
+mod failures {
+    use super::*;
+
+    /// An engine with two requests of which each has given a token.
+    fn running(ways: Ways) -> Option<(Engine<CudaRunner<Emulator>>, Arc<Emulator>)> {
+        let emulator = Arc::new(Emulator::or_skip("failures", 4)?);
+        let load = |gpu| CudaModel::load(gpu, &config("{}"), &weights(), options(), Box::new(|_, _| ()));
+        let runner = load(Arc::clone(&emulator)).unwrap().into_runner(BLOCKS, ways).unwrap();
+        let mut engine = engine(runner, BLOCKS, 64, true);
+        for id in 0..2 {
+            engine.add(request(id, &prompt(id as usize, 20), 30)).unwrap();
+        }
+        for _ in 0..3 {
+            assert_eq!(engine.step(Duration::ZERO).error, None);
+        }
+        Some((engine, emulator))
+    }
+
+    /// How every request ended, and whether the engine said that its device is lost.
+    fn ends(engine: &mut Engine<CudaRunner<Emulator>>) -> (Vec<String>, bool) {
+        let (mut ends, mut fatal) = (Vec::new(), false);
+        while engine.has_work() {
+            let report = engine.step(Duration::ZERO);
+            fatal |= report.fatal.is_some();
+            engine.check_integrity().unwrap();
+            for event in report.events {
+                if let Event::Finished { reason, .. } = event {
+                    ends.push(format!("{reason:?}"));
+                }
+            }
+        }
+        (ends, fatal)
+    }
+
+    #[test]
+    fn a_sticky_error_ends_all_requests_and_is_fatal() {
+        for overlap in [true, false] {
+            let Some((mut engine, emulator)) = running(Ways { overlap, ..Ways::default() }) else { return };
+            emulator.fail_after(7, lost());
+            let (ends, fatal) = ends(&mut engine);
+            assert!(fatal && ends.len() == 2, "{ends:?}");
+            let told =
+                "the GPU failed during decode_attention: illegal address; the process has to be restarted";
+            assert!(ends.iter().all(|end| end.contains(told)), "{ends:?}");
+            assert_eq!(engine.stats().blocks_held, 0);
+        }
+    }
+
+    #[test]
+    fn a_refused_launch_ends_the_requests_of_its_step_and_no_others() {
+        for (graphs, overlap) in [(true, true), (true, false), (false, true), (false, false)] {
+            let Some((mut engine, emulator)) = running(Ways { graphs, overlap }) else { return };
+            let refused =
+                gpu::GpuError::Refused { what: "silu_mul".into(), reason: "out of resources".into() };
+            emulator.fail_after(7, refused);
+            let (ends, fatal) = ends(&mut engine);
+            assert!(!fatal && ends.len() == 2, "{ends:?}");
+            assert!(
+                ends.iter().all(|end| end.contains("silu_mul was refused: out of resources")),
+                "{ends:?}"
+            );
+            assert_eq!(engine.stats().blocks_held, 0);
+            // The next one is served as if nothing had been.
+            let after = answer(&mut engine, request(9, &prompt(2, 41), 6));
+            let mut alone = super::engine(
+                cuda(&config("{}"), options(), Ways::default(), BLOCKS).unwrap(),
+                BLOCKS,
+                64,
+                true,
+            );
+            assert_agree(
+                &after,
+                &answer(&mut alone, request(9, &prompt(2, 41), 6)),
+                TOLERANCE,
+                "after a failure",
+            );
+        }
+    }
+
+    #[test]
+    fn a_model_that_does_not_fit_is_refused_with_numbers_and_leaves_no_memory_behind() {
+        let Some(emulator) = Emulator::or_skip("out of memory", 4) else { return };
+        let emulator = Arc::new(emulator);
+        let before = gpu::Gpu::free_bytes(&*emulator).unwrap();
+        let model =
+            CudaModel::load(Arc::clone(&emulator), &config("{}"), &weights(), options(), Box::new(|_, _| ()))
+                .unwrap();
+        let error = model.into_runner(1 << 20, Ways::default()).err().unwrap().to_string();
+        assert!(error.contains("the GPU has no room for") && error.contains("are free; lower"), "{error}");
+        assert_eq!(gpu::Gpu::free_bytes(&*emulator).unwrap(), before);
+    }
+}
+
+/// The CPU's side of it.
+#[test]
+fn the_cpu_answers_as_candle_does() {
+    let sizes = CompareSizes { output_tokens: 16, ..CompareSizes::FULL };
+    let comparison = compare_cpu(sizes, 2).unwrap();
+    assert!(comparison.passed() && comparison.output_tokens == 16, "{comparison:?}");
+    assert!(comparison.logprob_error > 0.0, "the two are computed in different orders");
+}
+
+/// With a step under way while the next is prepared, and without.
+#[test]
+fn overlap_changes_nothing() {
+    let config = config("{}");
+    let answers = |overlap: bool| {
+        let ways = Ways { overlap, ..Ways::default() };
+        let mut engine = engine(cuda(&config, options(), ways, BLOCKS)?, BLOCKS, 64, true);
+        for id in 0..4 {
+            let mut request = request(id, &prompt(id as usize, 9 + 8 * id as usize), 12);
+            // Some end early, which the steps under way do not know.
+            request.stop.stop_token_ids = (0..VOCABULARY as u32).filter(|token| token % 3 == 0).collect();
+            request.stop.min_tokens = id as u32;
+            engine.add(request).unwrap();
+        }
+        Some(run(&mut engine))
+    };
+    let (Some(overlapped), Some(plain)) = (answers(true), answers(false)) else { return };
+    assert!(overlapped.values().any(|answer| matches!(answer.finish, Some(FinishReason::Stop(_)))));
+    for (id, answer) in &plain {
+        assert_agree(&overlapped[id], answer, TOLERANCE, "overlapped");
+    }
 }

@@ -22,7 +22,7 @@ use super::gpu::{
     Arch, Argument, Gpu, GpuError, GpuInfo, Launch, Memory, Pinned, Product, Span, check_arguments,
 };
 use super::kernels::{Entry, Module, ParameterKind};
-use super::libraries::{Libraries, Missing};
+use super::libraries::{Libraries, Missing, find_driver};
 use super::nvrtc::Compiler;
 use super::products::Products;
 
@@ -42,12 +42,14 @@ impl CudaGpu {
     /// # Errors
     /// What is missing, in one line that says what to do.
     pub fn open(folder: Option<&Path>) -> Result<Self, OpenError> {
-        let libraries = Libraries::find(folder)?;
+        // Whether there is a GPU comes before what it would need.
+        find_driver()?;
         let context = Arc::new(Context::retain()?);
         let info = context.info()?;
         if info.arch < Arch::LEAST {
             return Err(OpenError::TooOld { name: info.name, arch: info.arch });
         }
+        let libraries = Libraries::find(folder)?;
         let compiler = Compiler::new(libraries.nvrtc.version);
         let products = Products::new(&context, &info, &libraries)?;
         Ok(Self { products, context, info, libraries, compiler })
@@ -68,6 +70,13 @@ impl CudaGpu {
     /// Keeps the algorithms that were found for products, for the next start.
     pub fn keep_algorithms(&self) {
         self.products.keep();
+    }
+}
+
+impl OpenError {
+    /// Whether there is a GPU that could be used if something were put right.
+    pub fn can_be_fixed(&self) -> bool {
+        !matches!(self, Self::Missing(Missing::Driver | Missing::Gpu(_)) | Self::TooOld { .. })
     }
 }
 
@@ -552,10 +561,18 @@ impl Gpu for CudaGpu {
         let result = unsafe { sys::cuModuleGetFunction(&mut handle, module.handle, name.as_ptr()) };
         check(&format!("{} of {}", entry.name, module.title), result)?;
         if shared_bytes > 0 {
-            use CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
-            // SAFETY: a live function.
-            let result = unsafe { sys::cuFuncSetAttribute(handle, LIMIT, shared_bytes as c_int) };
-            check(&format!("{shared_bytes} bytes of shared memory for {}", entry.name), result)?;
+            use CUfunction_attribute::{
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT,
+                CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as CARVEOUT,
+            };
+            // Per cent of the memory that shared memory and cache divide: what these kernels read goes past the
+            // cache, and as many of their blocks shall be resident as fit.
+            const ALL: c_int = 100;
+            for (attribute, value) in [(LIMIT, shared_bytes as c_int), (CARVEOUT, ALL)] {
+                // SAFETY: a live function.
+                let result = unsafe { sys::cuFuncSetAttribute(handle, attribute, value) };
+                check(&format!("{shared_bytes} bytes of shared memory for {}", entry.name), result)?;
+            }
         }
         Ok(Kernel { _module: Arc::clone(module), handle, entry, shared_bytes })
     }

@@ -255,9 +255,9 @@ impl Specialisation {
         Module::new(&FP8, vec![("ELEMENT", self.element as u32)])
     }
 
-    /// All of them.
-    pub fn modules(&self) -> Vec<Module> {
-        vec![
+    /// All that there are for a GPU.
+    pub fn modules(&self, arch: Arch) -> Vec<Module> {
+        let mut modules = vec![
             self.rows(),
             self.norm(),
             self.rope(),
@@ -265,8 +265,9 @@ impl Specialisation {
             self.decode(),
             self.prefill(),
             self.sample(),
-            self.fp8(),
-        ]
+        ];
+        modules.extend(arch.has_fp8().then(|| self.fp8()));
+        modules
     }
 }
 

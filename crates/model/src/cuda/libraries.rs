@@ -30,6 +30,15 @@ impl Library {
         }
     }
 
+    /// As people call it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Driver => "driver",
+            Self::Nvrtc => "NVRTC",
+            Self::CublasLt => "cuBLASLt",
+        }
+    }
+
     fn answers(self) -> bool {
         // SAFETY: opens NVIDIA's libraries, whose initialisers are trusted as the driver is.
         unsafe {
@@ -83,6 +92,11 @@ pub enum Missing {
     DriverTooOld { library: Library, version: Version, driver: Version },
     #[error("--cuda-lib-dir {} has no {}", folder.display(), library.file_name())]
     NotInFolder { library: Library, folder: PathBuf },
+    #[error(
+        "the loader takes {} in place of the one in --cuda-lib-dir {}; set LD_LIBRARY_PATH to that folder too",
+        path.display(), folder.display()
+    )]
+    NotTaken { folder: PathBuf, path: PathBuf },
 }
 
 /// Of CUDA.
@@ -147,7 +161,8 @@ const NEWEST: Version = Version { major: 13, minor: 99 };
 /// The loader's names that `cudarc` knows end in these.
 const MAJORS: [u32; 2] = [13, 12];
 
-fn find_driver() -> Result<Found, Missing> {
+/// The driver alone: it tells whether there is a GPU at all.
+pub(super) fn find_driver() -> Result<Found, Missing> {
     // Where containers and Windows' Linux keep it and the loader may not look.
     const PLACES: [&str; 3] = ["/usr/lib/wsl/lib", "/usr/local/nvidia/lib64", "/run/opengl-driver/lib"];
     let mut places = PLACES.iter().map(|place| Path::new(place).join("libcuda.so.1"));
@@ -195,12 +210,33 @@ impl Folders {
         if !library.answers() {
             return Err(missing(library, driver));
         }
+        let path = library.path();
+        if let (Some(folder), Some(path)) = (&self.given, &path) {
+            check_taken(folder, path)?;
+        }
         let version = version(library);
         if version.major > driver.major {
             return Err(Missing::DriverTooOld { library, version, driver });
         }
-        Ok(Found { library, version, path: library.path() })
+        Ok(Found { library, version, path })
     }
+}
+
+/// The bindings ask the loader by name, and a toolkit that it knows of answers to another name first.
+fn check_taken(folder: &Path, path: &Path) -> Result<(), Missing> {
+    let folder_of = path.parent().unwrap_or(path);
+    match std::fs::canonicalize(folder) {
+        // A file of the folder may be a link to elsewhere.
+        Ok(real) if folder_of != real && !links_to(&real, path) => {
+            Err(Missing::NotTaken { folder: folder.to_owned(), path: path.to_owned() })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn links_to(folder: &Path, path: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).any(|file| std::fs::canonicalize(file).is_ok_and(|real| real == path))
 }
 
 fn missing(library: Library, driver: Version) -> Missing {
@@ -248,7 +284,7 @@ fn searched_folders(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf>
     prefixes.extend(["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| Some(variable(name)?.into())));
     // A Python that runs as `python3` keeps its packages beside its own folder.
     let path = variable("PATH").unwrap_or_default();
-    prefixes.extend(std::env::split_paths(&path).filter_map(|bin| Some(bin.parent()?.to_owned())));
+    prefixes.extend(std::env::split_paths(&path).flat_map(|bin| prefixes_of_python(&bin)));
     prefixes.extend(variable("HOME").map(|home| PathBuf::from(home).join(".local")));
     let mut folders = Vec::new();
     for prefix in prefixes {
@@ -263,6 +299,20 @@ fn searched_folders(variable: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf>
     let mut seen = std::collections::HashSet::new();
     folders.retain(|folder| seen.insert(folder.clone()));
     folders
+}
+
+/// Where a `python3` in this folder may keep its packages: beside the folder, and beside whatever the name is
+/// linked to, link by link, because that of an environment is itself a link to the system's.
+fn prefixes_of_python(bin: &Path) -> Vec<PathBuf> {
+    const MOST_LINKS: usize = 8;
+    let mut prefixes = Vec::new();
+    let mut file = bin.join("python3");
+    for _ in 0..MOST_LINKS {
+        prefixes.extend(file.parent().and_then(Path::parent).map(Path::to_owned));
+        let Ok(target) = std::fs::read_link(&file) else { break };
+        file = file.parent().unwrap_or(Path::new("/")).join(target);
+    }
+    prefixes
 }
 
 /// The folders below `root` whose names match, one part a level; a `*` at the end of a part stands for
@@ -350,6 +400,35 @@ mod tests {
         let found = newest(Library::Nvrtc, &folders, driver(12)).unwrap();
         assert!(found.ends_with("cuda_nvrtc/lib/libnvrtc.so.12"), "no newer than the driver: {found:?}");
         assert_eq!(newest(Library::Nvrtc, &folders, driver(11)), None);
+    }
+
+    #[test]
+    fn the_packages_of_a_python_behind_a_link_are_found() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        touch(root.path(), "opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib/libnvrtc.so.13");
+        touch(root.path(), "usr/bin/python3.12");
+        std::fs::create_dir_all(at("opt/venv/bin")).unwrap();
+        std::fs::create_dir_all(at("local/bin")).unwrap();
+        std::os::unix::fs::symlink(at("usr/bin/python3.12"), at("opt/venv/bin/python3")).unwrap();
+        std::os::unix::fs::symlink("../../opt/venv/bin/python3", at("local/bin/python3")).unwrap();
+        let folders = searched_folders(|name| (name == "PATH").then(|| at("local/bin").into()));
+        let found = newest(Library::Nvrtc, &folders, Version { major: 13, minor: 0 }).unwrap();
+        let expected = at("opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib/libnvrtc.so.13");
+        assert_eq!(std::fs::canonicalize(found).unwrap(), std::fs::canonicalize(expected).unwrap());
+    }
+
+    #[test]
+    fn a_folder_that_the_loader_passes_over_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| std::fs::canonicalize(root.path()).unwrap().join(path);
+        touch(root.path(), "given/libnvrtc.so.12");
+        touch(root.path(), "elsewhere/libnvrtc.so.13");
+        assert_eq!(check_taken(&at("given"), &at("given/libnvrtc.so.12")), Ok(()));
+        let error = check_taken(&at("given"), &at("elsewhere/libnvrtc.so.13")).unwrap_err().to_string();
+        assert!(error.contains("LD_LIBRARY_PATH") && error.contains("elsewhere"), "{error}");
+        std::os::unix::fs::symlink(at("elsewhere/libnvrtc.so.13"), at("given/libnvrtc.so.13")).unwrap();
+        assert_eq!(check_taken(&at("given"), &at("elsewhere/libnvrtc.so.13")), Ok(()));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::ffi::{CString, c_char, c_int};
 use std::ptr::{null, null_mut};
 
 use cudarc::nvrtc::sys::{self, nvrtcProgram, nvrtcResult};
+use rayon::prelude::*;
 
 use super::disk_cache::{DiskCache, Key};
 use super::gpu::{Arch, GpuError};
@@ -28,12 +29,13 @@ impl Compiler {
         Self { version, cache }
     }
 
-    /// Machine code for a GPU; compiled once for each text, options, target and version of the compiler.
+    /// Machine code for a GPU; compiled once for each text, options, target and version of the compiler. For a GPU
+    /// that is newer than the compiler it is PTX, which the driver translates.
     ///
     /// # Errors
     /// [`GpuError::Compile`] with the compiler's log, or what it cannot compile for.
     pub fn machine_code(&self, module: &Module, arch: Arch) -> Result<Vec<u8>, GpuError> {
-        let target = arch.target();
+        let target = target(arch, &known_targets());
         let (source, options) = (module.source(), module.options(&target));
         let key = Key::of(&[&source, &options.join("\n"), &self.version.to_string()]);
         if let Some(code) = self.cache.as_ref().and_then(|cache| cache.get(key)) {
@@ -59,27 +61,37 @@ impl Compiler {
         if self.cache.is_none() {
             return Ok(());
         }
-        std::thread::scope(|scope| {
-            let one = |module| scope.spawn(move || self.machine_code(module, arch).map(drop));
-            let threads: Vec<_> = modules.iter().map(one).collect();
-            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
-        })
+        modules.par_iter().try_for_each(|module| self.machine_code(module, arch).map(drop))
     }
 
     /// A compiler that is older than the GPU says nothing but that it does not know the option.
     fn explain(&self, arch: Arch, log: String) -> String {
-        match targets() {
-            Some(targets) if !targets.contains(&arch.0) => format!(
-                "NVRTC {} knows no GPU of compute capability {arch}; install a newer one (pip install \
+        let known = known_targets();
+        match known.iter().any(|other| *other <= arch) || known.is_empty() {
+            true => log,
+            false => format!(
+                "NVRTC {} knows no GPU of compute capability {arch}; install another one (pip install \
                  nvidia-cuda-nvrtc)",
                 self.version
             ),
-            _ => log,
         }
     }
 }
 
-/// Compute capabilities that the compiler knows, as 90 for 9.0.
+/// NVRTC's name of the target: the GPU itself if the compiler knows it, else the newest instruction set before it.
+fn target(arch: Arch, known: &[Arch]) -> String {
+    match known.iter().filter(|other| **other < arch).max() {
+        Some(newest) if !known.contains(&arch) => format!("compute_{}", newest.0),
+        _ => arch.target(),
+    }
+}
+
+/// Compute capabilities that the compiler knows; none if it does not tell.
+fn known_targets() -> Vec<Arch> {
+    targets().unwrap_or_default().into_iter().map(Arch).collect()
+}
+
+/// As 90 for 9.0.
 fn targets() -> Option<Vec<u32>> {
     let mut count = 0;
     // SAFETY: the library is there; the list is as long as it says.
@@ -123,12 +135,29 @@ fn compile(source: &str, name: &str, options: &[String]) -> Result<Vec<u8>, Stri
         if compiled != nvrtcResult::NVRTC_SUCCESS {
             return Err(format!("{compiled:?}: {}", log(program.0)));
         }
-        let mut bytes = 0;
-        let code = ok(sys::nvrtcGetCUBINSize(program.0, &mut bytes)).and_then(|()| {
-            let mut code = vec![0u8; bytes];
-            ok(sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast())).map(|()| code)
-        });
-        code.filter(|code| !code.is_empty()).ok_or_else(|| "the compiler gave no machine code".to_owned())
+        let code = output(program.0, sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN);
+        // A target that is only an instruction set has none; the text ends with a zero, as the driver wants it.
+        let code = code.or_else(|| output(program.0, sys::nvrtcGetPTXSize, sys::nvrtcGetPTX));
+        code.ok_or_else(|| "the compiler gave no machine code".to_owned())
+    }
+}
+
+/// One of the program's outputs, if it is there.
+///
+/// # Safety
+/// The program must be alive, and the two functions tell size and content of the same.
+unsafe fn output(
+    program: nvrtcProgram,
+    size: unsafe fn(nvrtcProgram, *mut usize) -> nvrtcResult,
+    get: unsafe fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
+) -> Option<Vec<u8>> {
+    let mut bytes = 0;
+    // SAFETY: the caller's, and the buffer is as long as the library says.
+    unsafe {
+        ok(size(program, &mut bytes))?;
+        let mut code = vec![0u8; bytes];
+        ok(get(program, code.as_mut_ptr().cast()))?;
+        (!code.is_empty()).then_some(code)
     }
 }
 
@@ -155,6 +184,17 @@ mod tests {
     use super::super::kernels::ROWS;
     use super::super::libraries;
     use super::*;
+
+    #[test]
+    fn a_gpu_newer_than_the_compiler_gets_the_newest_instructions_before_it() {
+        let known = [Arch(75), Arch(80), Arch(89), Arch(90)];
+        assert_eq!(target(Arch(90), &known), "sm_90a");
+        assert_eq!(target(Arch(80), &known), "sm_80");
+        assert_eq!(target(Arch(86), &known), "compute_80");
+        assert_eq!(target(Arch(120), &known), "compute_90");
+        assert_eq!(target(Arch(20), &known), "sm_20", "the compiler says why not");
+        assert_eq!(target(Arch(90), &[]), "sm_90a");
+    }
 
     /// With `SERVELAB_NVRTC` as for the test of all kernels (`just kernels`).
     #[test]
@@ -184,5 +224,11 @@ mod tests {
 
         let error = compiler.machine_code(&module, Arch(20)).unwrap_err().to_string();
         assert!(error.contains("knows no GPU of compute capability 2.0"), "{error}");
+
+        // A GPU that this compiler cannot know gets text that its driver translates.
+        let text = compiler.machine_code(&module, Arch(990)).unwrap();
+        assert_eq!(text.last(), Some(&0));
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(".target sm_") && text.contains(".entry embed"), "{}", &text[..200]);
     }
 }

@@ -13,8 +13,8 @@ mod rows;
 mod sampling;
 
 use super::geometry::{DecodeTile, PrefillTile};
-use super::gpu::{Gpu, GpuError, Memory, Span};
-use super::kernels::{Element, KvElement, Specialisation};
+use super::gpu::{Gpu, GpuError, GpuInfo, Memory, Span};
+use super::kernels::{Element, KvElement, Module, Specialisation};
 use super::words::{Words, bytes_of, bytes_of_mut};
 
 pub use attention::{decode, prefill};
@@ -79,6 +79,15 @@ pub fn run<G: Gpu>(gpu: &G, size: Size, report: Report<'_>) -> Result<(), GpuErr
     Ok(())
 }
 
+/// The kernels that take longest to compile, for whoever wants to compile them side by side beforehand.
+pub fn modules(info: &GpuInfo) -> Vec<Module> {
+    let of_shape = |shape: Shape| shape.specialisation(info).modules(info.arch);
+    let mut modules: Vec<Module> = shapes(info).into_iter().flat_map(of_shape).collect();
+    let mut seen = std::collections::HashSet::new();
+    modules.retain(|module| seen.insert(module.title()));
+    modules
+}
+
 /// A GPU with a stream, and what every check does with it.
 struct Checker<'g, G: Gpu> {
     gpu: &'g G,
@@ -131,53 +140,39 @@ impl<'g, G: Gpu> Checker<'g, G> {
         Ok(Some(self.gpu.seconds_between(&start, &end)? / f64::from(TIMED)))
     }
 
-    /// A shape for this GPU; the fields that a check does not look at are those of a small model.
     fn specialisation(&self, shape: Shape) -> Specialisation {
-        let Shape { element, kv, head_dim, group, block_size } = shape;
-        Specialisation {
-            element,
-            kv,
-            hidden: 64,
-            head_dim,
-            group,
-            block_size,
-            head_norms: false,
-            decode: DecodeTile::choose(self.gpu.info(), head_dim, kv),
-            prefill: PrefillTile::choose(head_dim),
-        }
+        shape.specialisation(self.gpu.info())
     }
 
-    /// The shapes that attention and cache writes are checked in: every head size, group, block size and format
-    /// at least once.
     fn shapes(&self) -> Vec<Shape> {
-        use Element::{BF16, F16};
-        use KvElement::{E4M3, Same};
-        let all = [
-            (BF16, Same, 64, 1, 16),
-            (F16, Same, 80, 2, 32),
-            (BF16, Same, 96, 4, 64),
-            (BF16, Same, 128, 5, 16),
-            (F16, Same, 256, 7, 32),
-            (BF16, Same, 128, 8, 64),
-            (F16, Same, 64, 12, 16),
-            (BF16, E4M3, 64, 4, 16),
-            (F16, E4M3, 80, 3, 32),
-            (BF16, E4M3, 96, 6, 64),
-            (F16, E4M3, 128, 8, 16),
-            (BF16, E4M3, 256, 1, 32),
-        ];
-        let has_fp8 = self.gpu.info().arch.has_fp8();
-        all.into_iter()
-            .filter(|(_, kv, ..)| *kv == Same || has_fp8)
-            .map(|(element, kv, head_dim, group, block_size)| Shape {
-                element,
-                kv,
-                head_dim,
-                group,
-                block_size,
-            })
-            .collect()
+        shapes(self.gpu.info())
     }
+}
+
+/// The shapes that attention and cache writes are checked in: every head size, group, block size and format
+/// at least once.
+fn shapes(info: &GpuInfo) -> Vec<Shape> {
+    use Element::{BF16, F16};
+    use KvElement::{E4M3, Same};
+    let all = [
+        (BF16, Same, 64, 1, 16),
+        (F16, Same, 80, 2, 32),
+        (BF16, Same, 96, 4, 64),
+        (BF16, Same, 128, 5, 16),
+        (F16, Same, 256, 7, 32),
+        (BF16, Same, 128, 8, 64),
+        (F16, Same, 64, 12, 16),
+        (BF16, E4M3, 64, 4, 16),
+        (F16, E4M3, 80, 3, 32),
+        (BF16, E4M3, 96, 6, 64),
+        (F16, E4M3, 128, 8, 16),
+        (BF16, E4M3, 256, 1, 32),
+    ];
+    let has_fp8 = info.arch.has_fp8();
+    all.into_iter()
+        .filter(|(_, kv, ..)| *kv == Same || has_fp8)
+        .map(|(element, kv, head_dim, group, block_size)| Shape { element, kv, head_dim, group, block_size })
+        .collect()
 }
 
 /// What attention kernels are specialised for.
@@ -191,6 +186,22 @@ struct Shape {
 }
 
 impl Shape {
+    /// For this GPU; the fields that a check does not look at are those of a small model.
+    fn specialisation(self, info: &GpuInfo) -> Specialisation {
+        let Self { element, kv, head_dim, group, block_size } = self;
+        Specialisation {
+            element,
+            kv,
+            hidden: 64,
+            head_dim,
+            group,
+            block_size,
+            head_norms: false,
+            decode: DecodeTile::choose(info, head_dim, kv),
+            prefill: PrefillTile::choose(head_dim),
+        }
+    }
+
     fn name(&self) -> String {
         let Self { element, kv, head_dim, group, block_size } = self;
         let kv = match kv {

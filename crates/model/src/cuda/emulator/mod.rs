@@ -39,6 +39,8 @@ pub struct Emulator {
     lost: Mutex<Option<GpuError>>,
     seed: AtomicU64,
     conflicts: AtomicU64,
+    /// After how many more launches one fails, and how.
+    failure: Mutex<Option<(u32, GpuError)>>,
 }
 
 impl Emulator {
@@ -63,7 +65,30 @@ impl Emulator {
             lost: Mutex::default(),
             seed: AtomicU64::new(seed),
             conflicts: AtomicU64::new(0),
+            failure: Mutex::default(),
         })
+    }
+
+    /// Lets a launch fail after so many good ones. A sticky error stays; any other is the only one.
+    pub fn fail_after(&self, launches: u32, error: GpuError) {
+        *lock(&self.failure) = Some((launches, error));
+    }
+
+    fn count_launch(&self) -> Result<(), GpuError> {
+        let mut failure = lock(&self.failure);
+        match failure.take() {
+            Some((0, error)) => {
+                if error.is_sticky() {
+                    lock(&self.lost).get_or_insert(error.clone());
+                }
+                Err(error)
+            }
+            Some((left, error)) => {
+                *failure = Some((left - 1, error));
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 
     /// [`Emulator::new`], or a loud word on standard error that the test is skipped.
@@ -128,6 +153,7 @@ impl Emulator {
     }
 
     fn run_kernel(&self, kernel: &Kernel, launch: Launch, words: &[u64]) -> Result<(), GpuError> {
+        self.count_launch()?;
         let seed = self.seed.fetch_add(1, Ordering::Relaxed);
         let ranges = self.allocations.ranges();
         let mut message = [0u8; 512];
