@@ -9,6 +9,13 @@ mod util;
 mod api;
 /// The load generator: its files, its exit codes, an interrupt.
 mod bench;
+/// The load generator against servers that misbehave.
+mod bench_failures;
+/// What the load generator shows while it runs.
+#[cfg(target_os = "linux")]
+mod bench_live;
+/// Every shape of load, a search, results compared, limits of the hardware.
+mod bench_loads;
 /// The command line: settings, the configuration file, exit codes, logs, the address taken.
 mod command_line;
 /// The same answer alone, among others, with a warm cache, after a preemption.

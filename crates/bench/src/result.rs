@@ -28,12 +28,14 @@ impl BenchResult {
     /// Why the figures must not be quoted, if so: one line a reason, such as a client that could not follow.
     pub fn faults(&self) -> Vec<String> {
         let repeats = self.points.iter().flat_map(|point| point.repeats.iter().map(move |r| (point, r)));
-        let mut faults: Vec<String> = repeats
-            .flat_map(|(point, repeat)| {
-                let place = format!("{}, repeat {}", point.load, repeat.repeat);
-                repeat.faults().into_iter().map(move |fault| format!("{place}: {fault}"))
-            })
-            .collect();
+        let unanswered = self.header.unanswered.iter().map(|reason| {
+            format!("the server could not be asked what it serves, so one request was sent to see how it fails: {reason}")
+        });
+        let mut faults: Vec<String> = unanswered.collect();
+        faults.extend(repeats.flat_map(|(point, repeat)| {
+            let place = format!("{}, repeat {}", point.load, repeat.repeat);
+            repeat.faults().into_iter().map(move |fault| format!("{place}: {fault}"))
+        }));
         for point in &self.points {
             let rows = point.limits.iter().flat_map(|limits| &limits.rows);
             faults.extend(rows.filter(|row| row.beaten).map(|row| {
@@ -78,6 +80,9 @@ pub struct Header {
     pub workload: WorkloadInfo,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slo: Option<Slo>,
+    /// Why the server could not be asked what it serves. Then a single request was sent, to see how it fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unanswered: Option<String>,
     /// Whatever else the user wants to keep with the figures: clocks, driver, power limit.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,

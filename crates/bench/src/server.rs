@@ -31,6 +31,13 @@ pub enum ServerError {
     NoTokenizer { url: String },
 }
 
+impl ServerError {
+    /// Whether other settings would have helped, and not another server.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::NoSuchModel { .. } | Self::NoTokenIds { .. } | Self::NoTokenizer { .. })
+    }
+}
+
 /// The counters of a prefix cache, in tokens since the server started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefixCounters {

@@ -26,6 +26,8 @@ const WORDS: &str = include_str!("../data/words.txt");
 const AT_ONCE: usize = 16;
 /// Fewer words that are one token each are not enough to make prompts that differ.
 const FEWEST: usize = 32;
+/// Of English in the vocabularies of large models, where the server does not tell its own.
+const USUAL_TOKENS_PER_WORD: f64 = 4.0 / 3.0;
 /// Words of the shorter of the two prompts that are measured; the longer has twice as many.
 const PROBE_WORDS: usize = 24;
 
@@ -65,6 +67,12 @@ pub async fn discover(
         }
     }
     measure_words(client, endpoint, model, found.words).await
+}
+
+/// Prompts for a server that did not tell.
+pub fn unknown() -> Pool {
+    let words: Vec<String> = WORDS.split_whitespace().map(str::to_owned).collect();
+    Pool::Words { words: Arc::from(words), overhead_tokens: 0, tokens_per_word: USUAL_TOKENS_PER_WORD }
 }
 
 /// The words of the list, seen through the server's tokenizer.

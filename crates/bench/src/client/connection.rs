@@ -25,7 +25,8 @@ use crate::result::FailureClass;
 #[derive(Clone)]
 pub struct Route {
     pub target: Target,
-    pub addresses: Vec<SocketAddr>,
+    /// Or why its name has none.
+    pub addresses: Result<Vec<SocketAddr>, String>,
     pub tls: Option<TlsConnector>,
 }
 
@@ -51,8 +52,12 @@ impl Connection {
         let unreachable = |error: &dyn std::fmt::Display| {
             Failure::new(FailureClass::Unreachable, format!("cannot connect to {authority}: {error}"))
         };
+        let addresses = route.addresses.as_ref().map_err(|reason| {
+            let message = format!("{} cannot be resolved: {reason}", route.target.host());
+            Failure::new(FailureClass::Unreachable, message)
+        })?;
         let connecting = async {
-            let socket = Socket::connect(&route.addresses, clock, reads).await?;
+            let socket = Socket::connect(addresses, clock, reads).await?;
             let traffic = socket.traffic();
             Ok((Transport::over(socket, &route.target, route.tls.as_ref()).await?, traffic))
         };

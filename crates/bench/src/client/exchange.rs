@@ -139,12 +139,12 @@ impl Client {
         Ok(())
     }
 
-    /// Sends a request that is not streamed and returns its answer, whatever its status.
+    /// Sends a question that is not streamed and returns its answer, whatever its status.
     ///
     /// # Errors
-    /// If there was no whole answer within the time-outs.
+    /// If there was no whole answer within the time-outs of questions.
     pub async fn call(&self, method: Method, path: &str, body: Bytes) -> Result<Reply, Failure> {
-        let mut deadline = Deadline::new(self.timeouts);
+        let mut deadline = Deadline::new(self.timeouts.of_questions());
         let mut connection = match self.idle_connection().await {
             Some(connection) => connection,
             None => self.connect().await?,

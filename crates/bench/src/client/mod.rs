@@ -58,6 +58,23 @@ impl Default for Timeouts {
     }
 }
 
+/// Longest time for each part of the answer to a question that is no request of the workload.
+const QUESTION: Duration = Duration::from_secs(30);
+
+impl Timeouts {
+    /// Of questions about the server itself, which it answers without computing: shorter, so that one that never
+    /// answers is found out before the user gives up.
+    pub fn of_questions(self) -> Self {
+        let short = |time: Duration| time.min(QUESTION);
+        Self {
+            connect: self.connect,
+            first_byte: short(self.first_byte),
+            idle: short(self.idle),
+            total: short(self.total),
+        }
+    }
+}
+
 /// Why a request failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -86,18 +103,18 @@ pub struct Client {
 }
 
 impl Client {
-    /// Finds the server's addresses, once: name resolution is no part of what is measured.
+    /// Finds the server's addresses, once: name resolution is no part of what is measured. A name that has none is
+    /// told by every request.
     ///
     /// # Errors
-    /// If the name cannot be resolved.
+    /// If the API key or the certificates cannot be used.
     pub async fn new(target: Target, api_key: Option<&Secret>, timeouts: Timeouts) -> Result<Self, Failure> {
-        let unreachable = |reason: String| {
-            Failure::new(FailureClass::Unreachable, format!("{} cannot be resolved: {reason}", target.host()))
+        let lookup = tokio::net::lookup_host((target.host(), target.port()));
+        let addresses = match tokio::time::timeout(timeouts.connect, lookup).await {
+            Ok(Ok(found)) => Ok(found.collect::<Vec<SocketAddr>>()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {:?}", timeouts.connect)),
         };
-        let found =
-            tokio::time::timeout(timeouts.connect, tokio::net::lookup_host((target.host(), target.port())));
-        let found = found.await.map_err(|_| unreachable("time-out".into()))?;
-        let addresses: Vec<SocketAddr> = found.map_err(|error| unreachable(error.to_string()))?.collect();
         let headers = headers(&target, api_key)?;
         let tls = transport::connector(&target).map_err(|reason| {
             Failure::new(FailureClass::Unreachable, format!("TLS cannot be set up: {reason}"))

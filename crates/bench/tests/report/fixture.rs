@@ -255,6 +255,7 @@ fn header(workload: &Workload, settings: &Settings) -> Header {
             temperature: Some(0.0),
         },
         slo: settings.slo.clone(),
+        unanswered: None,
         metadata: map(&[("clocks", "1980 MHz"), ("machine", "not shared")]),
     }
 }

@@ -265,6 +265,20 @@ pub struct EngineArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           help_heading = "Engine (--offline)")]
     pub no_prefix_cache: Option<bool>,
+    /// As for servelab serve.
+    #[arg(long, value_name = "SHARE", help_heading = "Engine (--offline)")]
+    pub gpu_memory_utilization: Option<f64>,
+    /// As for servelab serve.
+    #[arg(long, value_name = "FOLDER", help_heading = "Engine (--offline)")]
+    pub cuda_lib_dir: Option<PathBuf>,
+    /// As for servelab serve.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "Engine (--offline)")]
+    pub no_cuda_graphs: Option<bool>,
+    /// As for servelab serve.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "Engine (--offline)")]
+    pub no_overlap: Option<bool>,
 }
 
 impl EngineArgs {
@@ -284,6 +298,10 @@ impl EngineArgs {
             max_batched_tokens,
             max_running,
             no_prefix_cache,
+            gpu_memory_utilization,
+            cuda_lib_dir,
+            no_cuda_graphs,
+            no_overlap,
         } = self.clone();
         Typed {
             load_format,
@@ -299,6 +317,10 @@ impl EngineArgs {
             max_batched_tokens,
             max_running,
             no_prefix_cache,
+            gpu_memory_utilization,
+            cuda_lib_dir,
+            no_cuda_graphs,
+            no_overlap,
             ..Typed::default()
         }
     }

@@ -71,7 +71,10 @@ impl Limiter {
         };
         let gpus = report.gpus.unwrap_or(1);
         let profile = match name.as_str() {
-            "measured" => measured(threads, shape.weight_dtype, READ_BYTES)?,
+            // A small model stays in the caches, and so must what is measured.
+            "measured" => {
+                measured(threads, shape.weight_dtype, READ_BYTES.min(shape.streamed_bytes() as usize))?
+            }
             name => plan_command::named_or_file(name)?,
         };
         let roofline = Roofline::new(&shape, &profile, gpus)?;

@@ -61,8 +61,10 @@ pub enum Error {
     Write(#[from] std::io::Error),
     #[error(transparent)]
     Reports(#[from] ReportsError),
-    #[error("no measured request completed; see the failures above")]
-    NothingCompleted,
+    #[error("stopped before anything was measured")]
+    Stopped,
+    #[error("no measured request completed: {0}")]
+    NothingCompleted(String),
     #[error("the figures do not stand: {0}")]
     Faulty(String),
 }
@@ -109,7 +111,10 @@ async fn measure(
 ) -> Result<(BenchResult, Vec<RequestRecord>), Error> {
     match &settings.target {
         TargetSettings::Http(http) => {
-            let prepared = http::prepare(settings, http).await?;
+            let prepared = tokio::select! {
+                prepared = http::prepare(settings, http) => prepared?,
+                () = stop.cancelled() => return Err(Error::Stopped),
+            };
             bench(settings, prepared, limiter, output, stop).await
         }
         TargetSettings::Offline { model, engine } => {
@@ -128,6 +133,8 @@ pub struct Prepared<T> {
     pub workload: Workload,
     pub writer: prompt::Writer,
     pub client: ClientInfo,
+    /// Why the target does not say what it serves.
+    pub unanswered: Option<String>,
 }
 
 async fn bench<T: Target>(
@@ -149,12 +156,16 @@ async fn bench<T: Target>(
         })
     };
     let workload = workload_info(settings, &prepared);
+    let asked = match prepared.unanswered {
+        None => settings.session.clone(),
+        Some(_) => http::single_request(&settings.session),
+    };
     let session = Session {
         target: prepared.target,
         workload: &prepared.workload,
         writer: prepared.writer,
-        settings: &settings.session,
-        observer: &mut Progress::new(&settings.session, &prepared.workload, settings.quiet),
+        settings: &asked,
+        observer: &mut Progress::new(&asked, &prepared.workload, settings.quiet),
         records: &mut keep,
         stop,
     };
@@ -175,6 +186,7 @@ async fn bench<T: Target>(
         client: prepared.client,
         workload,
         slo: settings.session.slo.clone(),
+        unanswered: prepared.unanswered,
         metadata: settings.metadata.clone(),
     };
     let result = BenchResult { schema_version: SCHEMA_VERSION, header, points, search };
@@ -232,12 +244,22 @@ fn print(
 /// Whether the figures may be quoted.
 fn judge(result: &BenchResult) -> Result<(), Error> {
     if result.points.iter().all(|point| point.metrics.completed == 0) {
-        return Err(Error::NothingCompleted);
+        return Err(Error::NothingCompleted(why_nothing_completed(result)));
     }
     match result.faults().first() {
         None => Ok(()),
         Some(fault) => Err(Error::Faulty(fault.clone())),
     }
+}
+
+/// How the requests failed, most frequent first.
+fn why_nothing_completed(result: &BenchResult) -> String {
+    let repeats = result.points.iter().flat_map(|point| &point.repeats);
+    let failures = repeats.flat_map(|repeat| &repeat.failures);
+    let lines: Vec<String> = failures
+        .map(|failure| format!("{} x {}, for example: {}", failure.all, failure.name, failure.example))
+        .collect();
+    if lines.is_empty() { "none ended before the run was stopped".into() } else { lines.join("; ") }
 }
 
 /// Every request in flight has a connection.

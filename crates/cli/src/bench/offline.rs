@@ -20,6 +20,9 @@ use crate::settings::{EngineSettings, ModelSettings};
 /// Ids that prompts are drawn from: enough that no two prompts are alike by chance.
 const MAX_IDS: usize = 4096;
 
+/// Warnings, and how the GPU spent its time, which its runner says at the end.
+const LOG_LEVEL: &str = "warn,servelab_model::cuda::runner=info";
+
 type Runner = Box<dyn ModelRunner + Send>;
 
 /// Loads the model.
@@ -32,7 +35,7 @@ pub fn prepare(
     engine: &EngineSettings,
 ) -> Result<Prepared<Offline<Runner, RealTime>>, Error> {
     // Only one program logs in this process.
-    let _ = servelab_telemetry::init_logs(LogFormat::Human, "warn");
+    let _ = servelab_telemetry::init_logs(LogFormat::Human, LOG_LEVEL);
     let device = device::choose(engine).map_err(|error| LoadError(error.to_string()))?;
     let opened = load::open(model)?;
     let (loaded, summary) = load::load(opened, model, engine, &device)?;
@@ -64,6 +67,7 @@ pub fn prepare(
         workload,
         writer,
         client,
+        unanswered: None,
     })
 }
 

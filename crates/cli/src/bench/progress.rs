@@ -5,7 +5,7 @@
 //! waits for a terminal.
 
 use std::collections::VecDeque;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -25,8 +25,8 @@ const DRAWS_PER_SECOND: u8 = 5;
 const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Rates are those of that long before.
 const RATE_OVER: Duration = Duration::from_secs(3);
-/// Parts of the bar.
-const PARTS: f64 = 1000.0;
+/// Characters of the bar.
+const PARTS: usize = 40;
 
 /// Where it is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,9 @@ impl Progress {
                 (vec![plan(&servelab_bench::run::LoadShape::Open { arrivals, max_concurrency })], true)
             }
         };
-        let place = match (is_quiet, std::io::stderr().is_terminal()) {
+        // A terminal that cannot move its cursor (TERM=dumb) counts as none.
+        let can_redraw = !ProgressDrawTarget::stderr().is_hidden();
+        let place = match (is_quiet, can_redraw) {
             (true, _) => Place::Nowhere,
             (false, true) => Place::Terminal,
             (false, false) => Place::Lines,
@@ -162,30 +164,27 @@ impl Observer for Progress {
 
 /// A bar and two lines of figures, until the sender is gone.
 fn draw(title: &str, goal: Goal, live: &Live, stopped: &Receiver<()>) {
-    let bar = ProgressBar::with_draw_target(
-        Some(PARTS as u64),
-        ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND),
-    );
-    let template =
-        if goal == Goal::Unknown { "{prefix}\n{msg}" } else { "{prefix}\n  {bar:40.cyan/dim} {msg}" };
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
+    let block =
+        ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND));
+    if let Ok(style) = ProgressStyle::with_template("{msg}") {
+        block.set_style(style);
     }
-    bar.set_prefix(title.to_owned());
     let (start, mut pace) = (Instant::now(), Pace::default());
     while stopped.recv_timeout(DRAWN_EVERY) == Err(RecvTimeoutError::Timeout) {
         let (view, elapsed) = (live.view(), start.elapsed());
         pace.look(elapsed, &view);
         let share = goal.share(elapsed, &view);
-        bar.set_position((PARTS * share.unwrap_or(0.0)) as u64);
-        bar.set_message(format!(
-            "{}\n  {}\n  {}",
-            timing(elapsed, share),
-            counts(&view, &pace),
-            latencies(&view)
-        ));
+        // All in one message: everything that is set by itself is drawn by itself.
+        let bar = share.map_or(String::new(), bar);
+        let (timing, counts, latencies) = (timing(elapsed, share), counts(&view, &pace), latencies(&view));
+        block.set_message(format!("{title}\n  {bar}{timing}\n  {counts}\n  {latencies}"));
     }
-    bar.finish_and_clear();
+    block.finish_and_clear();
+}
+
+fn bar(share: f64) -> String {
+    let full = (share * PARTS as f64) as usize;
+    format!("{}{} ", "\u{2588}".repeat(full), "\u{2591}".repeat(PARTS - full))
 }
 
 /// A line every few seconds, until the sender is gone.
