@@ -29,11 +29,11 @@ pub const DEFINITIONS: &[(&str, &str)] = &[
     ),
     (
         "throughput",
-        "what ended (requests) or arrived (tokens) within the measured window, a second; the window goes from the \
-         first measured arrival to the end of the last measured request, with the load kept up around it unless the \
+        "what arrived within the measured window, a second; a request counts by the share of its tokens that did; the \
+         window goes from the first measured arrival to the end of the last measured request, with the load kept up around it unless the \
          workload belongs together",
     ),
-    ("goodput", "completed requests a second that kept every limit of the SLO; a failed request kept none"),
+    ("goodput", "requests a second that kept every limit of the SLO; a failed request kept none"),
     ("failures", "are counted by class, stay in the denominator, and have no latency"),
     ("percentiles", "interpolate linearly between the nearest ranks (numpy's default)"),
     ("+/-", "half the width of the 95 % interval of the mean over the repeats (Student's t)"),

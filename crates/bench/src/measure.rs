@@ -1,8 +1,10 @@
 //! From records to figures: which requests and tokens lie in the measured window, and what they say.
 //!
 //! The window goes from the first measured arrival to the end of the last measured request. Rates count whatever
-//! ended or arrived within it, whichever request it belongs to: warm-up and cool-down keep the server as busy at
-//! the edges of the window as in its middle. Latencies are those of the measured requests that completed.
+//! arrived within it, whichever request it belongs to: warm-up and cool-down keep the server as busy at the edges of
+//! the window as in its middle. A request counts by the share of its tokens that arrived within: with requests that
+//! end together, which closed loops often have, counting ends would take in a whole batch too many or too few.
+//! Latencies are those of the measured requests that completed.
 
 use std::collections::BTreeMap;
 
@@ -38,9 +40,11 @@ pub struct Tally {
     completed: u64,
     failed: u64,
     cut: u64,
-    /// Of any phase, within the window.
-    ended: u64,
-    ended_good: u64,
+    /// Requests of any phase, each by the share of its tokens that arrived within the window: all, those that
+    /// completed, and those of them that kept the SLO.
+    answered: f64,
+    answered_whole: f64,
+    answered_good: f64,
     has_slo: bool,
     measured_good: u64,
     input_tokens: f64,
@@ -116,23 +120,37 @@ impl Tally {
         let tokens_per_delta = tokens_per_delta(records);
         let mut seconds = vec![0.0; (end - start).floor() as usize + 1];
         for record in records {
-            if record.is_completed() && within(record.end_seconds) {
-                self.ended += 1;
-                self.ended_good += u64::from(slo.is_some_and(|slo| slo.is_kept_by(record)));
-            }
             if record.first_token_seconds.is_some_and(within) && !record.is_failed() {
                 let tokens = record.usage.map_or(record.wanted_input_tokens, |usage| usage.prompt_tokens);
                 self.input_tokens += f64::from(tokens);
             }
+            let mut arrived = 0.0;
             for (at, tokens) in tokens(record, tokens_per_delta).filter(|(at, _)| within(*at)) {
-                self.output_tokens += tokens;
+                arrived += tokens;
                 seconds[(at - start) as usize] += tokens;
             }
+            self.output_tokens += arrived;
+            // One that was given up would have had as many as were asked for.
+            let whole = record.usage.map_or(record.wanted_output_tokens, |usage| usage.completion_tokens);
+            self.answer(record, arrived / f64::from(whole.max(1)), slo);
         }
         self.peak_tokens = seconds.into_iter().fold(0.0, f64::max);
         let (mean, peak) = in_flight(records, start, end);
         self.in_flight_seconds = mean * (end - start);
         self.peak_in_flight = peak;
+    }
+
+    fn answer(&mut self, record: &RequestRecord, share: f64, slo: Option<&Slo>) {
+        self.answered += share;
+        if record.is_completed() {
+            self.answered_whole += share;
+            self.answered_good += if slo.is_some_and(|slo| slo.is_kept_by(record)) { share } else { 0.0 };
+        }
+    }
+
+    /// Of the requests that arrived within the window, as many as of those whose end is known kept the SLO.
+    fn good(&self) -> f64 {
+        if self.answered_whole > 0.0 { self.answered * self.answered_good / self.answered_whole } else { 0.0 }
     }
 
     /// Adds another repeat of the same load.
@@ -141,8 +159,9 @@ impl Tally {
         self.completed += other.completed;
         self.failed += other.failed;
         self.cut += other.cut;
-        self.ended += other.ended;
-        self.ended_good += other.ended_good;
+        self.answered += other.answered;
+        self.answered_whole += other.answered_whole;
+        self.answered_good += other.answered_good;
         self.has_slo |= other.has_slo;
         self.measured_good += other.measured_good;
         self.input_tokens += other.input_tokens;
@@ -164,6 +183,7 @@ impl Tally {
             sample.iter_mut().for_each(|seconds| *seconds *= 1000.0);
             distribution(sample)
         };
+        let good = self.good();
         let samples = &mut self.samples;
         Metrics {
             duration_seconds: self.seconds,
@@ -171,11 +191,11 @@ impl Tally {
             completed: self.completed,
             failed: self.failed,
             cut: self.cut,
-            request_throughput: per_second(self.ended as f64),
+            request_throughput: per_second(self.answered),
             input_throughput: per_second(self.input_tokens),
             output_throughput: per_second(self.output_tokens),
             total_token_throughput: per_second(self.input_tokens + self.output_tokens),
-            request_goodput: self.has_slo.then(|| per_second(self.ended_good as f64)),
+            request_goodput: self.has_slo.then(|| per_second(good)),
             slo_attainment: self.has_slo.then(|| share(self.measured_good)),
             total_input_tokens: self.input_tokens.round() as u64,
             total_output_tokens: self.output_tokens.round() as u64,
@@ -425,6 +445,7 @@ mod tests {
         record.last_token_seconds = Some(last);
         record.end_seconds = last;
         record.gaps_micros = vec![10_000; tokens as usize - 1];
+        record.wanted_output_tokens = tokens;
         record.chunks = tokens;
         record.usage = Some(UsageCounts { prompt_tokens: 50, completion_tokens: tokens, cached_tokens: 16 });
         record.outcome = Outcome::Completed;
@@ -473,8 +494,23 @@ mod tests {
         assert_eq!((metrics.completed, metrics.requests, metrics.cut), (1, 1, 0));
         // 11 of the warm-up (1.00 to 1.10), 11 measured, 6 of the cool-down (1.15 to 1.20).
         assert_eq!(metrics.total_output_tokens, 28);
-        close(metrics.request_throughput, 2.0 / 0.2);
+        close(metrics.request_throughput, (11.0 / 21.0 + 1.0 + 6.0 / 100.0) / 0.2);
         assert_eq!(metrics.ttft_ms.count, 1);
+    }
+
+    /// Four clients in step, 4 requests every 0.2 s. The first measured request arrives a moment before the others of
+    /// the warm-up end, so that three of them too many end within the window.
+    #[test]
+    fn requests_that_end_together_are_not_counted_twice() {
+        let slo = Slo { limits: vec!["ttft=1s".parse().unwrap()] };
+        let batch = |number: u64, phase| {
+            (0..4).map(move |i| record(4 * number + i, phase, 0.2 * number as f64 + 1e-6 * i as f64, 11))
+        };
+        let records: Vec<RequestRecord> =
+            (0..7).flat_map(|n| batch(n, if n == 0 { Phase::WarmUp } else { Phase::Measured })).collect();
+        let metrics = Tally::of(&records, Some(&slo)).metrics();
+        assert!((metrics.request_throughput - 20.0).abs() < 0.4, "{}", metrics.request_throughput);
+        assert_eq!(metrics.request_goodput, Some(metrics.request_throughput));
     }
 
     #[test]

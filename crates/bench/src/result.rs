@@ -267,12 +267,12 @@ pub struct Metrics {
     pub failed: u64,
     /// Measured requests that were under way when the run was ended early.
     pub cut: u64,
-    /// Per second, whatever ended or arrived within the window.
+    /// Per second, whatever arrived within the window; a request counts by the share of its tokens that did.
     pub request_throughput: f64,
     pub input_throughput: f64,
     pub output_throughput: f64,
     pub total_token_throughput: f64,
-    /// Completed requests a second that kept every limit of the SLO.
+    /// Requests a second that kept every limit of the SLO.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_goodput: Option<f64>,
     /// Share of the measured requests that did; a failed one did not.
