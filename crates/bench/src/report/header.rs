@@ -123,7 +123,8 @@ pub fn verdict(result: &BenchResult) -> Verdict {
     let completed: u64 = result.points.iter().map(|point| point.metrics.completed).sum();
     let notes = notes(result);
     if completed == 0 {
-        let reasons = vec!["no request completed, so there are no latencies; see the failures".into()];
+        let mut reasons = vec!["no request completed, so there are no latencies; see the failures".into()];
+        reasons.extend(first(faults));
         return Verdict { is_sound: false, headline: "Nothing was measured".into(), reasons, notes };
     }
     if !faults.is_empty() {

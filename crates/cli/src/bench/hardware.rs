@@ -41,6 +41,8 @@ pub struct Limiter {
     pub hardware: String,
     /// `None` for this machine's processor.
     pub gpus: Option<u32>,
+    /// Number format of the model's weights.
+    pub weight_dtype: Dtype,
     model: String,
     roofline: Roofline,
 }
@@ -80,7 +82,7 @@ impl Limiter {
         let roofline = Roofline::new(&shape, &profile, gpus)?;
         let hardware = if gpus == 1 { profile.name } else { format!("{gpus} x {}", profile.name) };
         let gpus = (name != "measured").then_some(gpus);
-        Ok(Some(Self { hardware, gpus, model: shape.name, roofline }))
+        Ok(Some(Self { hardware, gpus, weight_dtype: shape.weight_dtype, model: shape.name, roofline }))
     }
 
     pub fn limits(&self, metrics: &Metrics) -> Option<Limits> {

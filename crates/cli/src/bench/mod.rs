@@ -173,6 +173,9 @@ async fn bench<T: Target>(
     if let Some(limiter) = &limiter {
         points.iter_mut().for_each(|point| point.limits = limiter.limits(&point.metrics));
     }
+    let mut model = prepared.model;
+    // A server does not tell; then it is what the limits were computed for.
+    model.dtype = model.dtype.or(limiter.as_ref().map(|limiter| limiter.weight_dtype.name().to_owned()));
     let header = Header {
         tool_version: env!("CARGO_PKG_VERSION").into(),
         tool_commit: option_env!("SERVELAB_COMMIT").map(str::to_owned),
@@ -180,7 +183,7 @@ async fn bench<T: Target>(
         command: std::env::args().collect(),
         label: settings.label.clone(),
         target: prepared.info,
-        model: prepared.model,
+        model,
         gpus: limiter.as_ref().and_then(|limiter| limiter.gpus),
         hardware: limiter.map(|limiter| limiter.hardware),
         client: prepared.client,
