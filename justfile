@@ -44,8 +44,8 @@ test-openai:
     cargo test --quiet --workspace --test end_to_end --no-run
     {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"
 
-# Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler. Needs no GPU, but the packages
-# of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every group of heads and block size.
+# Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler, in 2 minutes. Needs no GPU, but
+# the packages of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every combination.
 kernels:
     SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \
         cargo test --quiet --workspace --test cuda_nvrtc -- --nocapture
@@ -77,5 +77,7 @@ bench *flags:
 sim:
     @echo "servelab sim is not built yet" >&2; exit 1
 
-gpu:
-    @echo "the CUDA device is not built yet" >&2; exit 1
+# Doctor, then everything that is claimed of the GPU beside the limits that it measured; into benches/results/gpu.
+gpu *flags:
+    cargo build --release
+    PATH="$(dirname "$(command -v {{ python }})"):$PATH" benches/gpu/run.sh --binary "{{ target }}/release/servelab" "$@"
