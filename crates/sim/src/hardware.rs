@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::calibration::{Calibration, CalibrationError};
 use crate::dtype::Dtype;
 
 const DATA: &str = include_str!("../data/hardware.toml");
@@ -33,6 +34,9 @@ pub struct HardwareProfile {
     pub dollars_per_hour: Option<f64>,
     /// Where the numbers are from.
     pub source: String,
+    /// How long steps take where that was measured, with one model; see [`crate::calibration`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
 }
 
 /// The links between the GPUs of one machine.
@@ -62,6 +66,8 @@ pub enum HardwareError {
         has.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
     )]
     NoDtype { name: String, dtype: Dtype, has: Vec<Dtype> },
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
     #[error("line {line}: {message}")]
     Toml { line: usize, message: String },
 }
@@ -140,6 +146,7 @@ impl HardwareProfile {
             tdp_watts: None,
             dollars_per_hour: None,
             source: "measured".to_owned(),
+            calibration: None,
         };
         profile.validate()?;
         Ok(profile)
@@ -164,6 +171,9 @@ impl HardwareProfile {
         if let Some(link) = &self.interconnect {
             self.within("interconnect.bytes_per_second", Some(link.bytes_per_second), 1e3..=1e18, RATE_RULE)?;
             self.within("interconnect.gpus", Some(f64::from(link.gpus)), 1.0..=1024.0, "from 1 to 1024")?;
+        }
+        if let Some(calibration) = &self.calibration {
+            calibration.validate()?;
         }
         self.within("tdp_watts", self.tdp_watts, 0.1..=1e6, "from 0.1 to 1e6")?;
         self.within("dollars_per_hour", self.dollars_per_hour, 0.0..=1e5, "from 0 to 1e5")

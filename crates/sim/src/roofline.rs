@@ -195,18 +195,19 @@ pub fn possible_gpus(shape: &ModelShape, hardware: &HardwareProfile) -> Vec<u32>
     (1..=hardware.most_gpus()).filter(|gpus| shape.splits_over(*gpus)).collect()
 }
 
+/// What a step is made of, whatever computes it.
 #[derive(Default)]
-struct Sum {
-    new_tokens: u64,
-    logits_rows: u64,
+pub(crate) struct Sum {
+    pub new_tokens: u64,
+    pub logits_rows: u64,
     /// Tokens whose keys and values are read or written, over all layers.
-    kv_layer_tokens: f64,
+    pub kv_layer_tokens: f64,
     /// Pairs of a new token and one that it attends to, over all layers.
-    layer_pairs: f64,
+    pub layer_pairs: f64,
 }
 
 impl Sum {
-    fn add(&mut self, shape: &ModelShape, work: SequenceWork) {
+    pub fn add(&mut self, shape: &ModelShape, work: SequenceWork) {
         if work.new_tokens == 0 {
             return;
         }

@@ -1,14 +1,20 @@
 //! Tests of the arithmetic from outside.
 //!
+//! - `device`: the simulated device under the real engine
+//! - `fit`: calibration against a known truth
 //! - `models`: the models and GPUs that the other tests name
 //! - `ledger`: every computed figure of the ledger of quoted numbers
+//! - `published`: the uncalibrated estimate against published figures
 //! - `properties`: what must hold for any input
 //! - `roofline`: steps counted by hand
 //! - `planner`: whole plans, and what they refuse
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod device;
+mod fit;
 mod ledger;
 mod models;
 mod planner;
 mod properties;
+mod published;
 mod roofline;

@@ -1,0 +1,86 @@
+//! Five coefficients in place of a data sheet, fitted to measured points of a server: [`fit`].
+//!
+//! A step takes `alpha + beta * B + gamma * context` and, for prompts, `delta` a token and `epsilon` a pair of tokens
+//! (the curve of prefill). B is the number of decoding sequences, context the sum of theirs.
+
+use serde::{Deserialize, Serialize};
+
+use crate::roofline::SequenceWork;
+
+/// How long steps of one model on one device take.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// The model that was measured. The coefficients hold for no other.
+    pub model: String,
+    /// GPUs of the replica that was measured.
+    pub gpus: u32,
+    /// alpha: of every step.
+    pub step_seconds: f64,
+    /// beta: of each sequence that decodes.
+    pub decode_seconds: f64,
+    /// gamma: of each token of context of those sequences.
+    pub context_token_seconds: f64,
+    /// delta: of each token of a prompt.
+    pub prefill_token_seconds: f64,
+    /// epsilon: of each pair of a token of a prompt and one that it attends to.
+    pub prefill_pair_seconds: f64,
+    /// What a request takes before and after the engine: HTTP, tokenizer. A server with a simulated device takes its
+    /// own time for that, so this is for information.
+    #[serde(default)]
+    pub request_seconds: f64,
+}
+
+/// A coefficient that no device can have.
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[error("calibration.{field} is {value}; it must be {rule}")]
+pub struct CalibrationError {
+    field: &'static str,
+    value: f64,
+    rule: &'static str,
+}
+
+impl Calibration {
+    /// # Errors
+    /// The first coefficient that no device can have.
+    pub fn validate(&self) -> Result<(), CalibrationError> {
+        let seconds = [
+            ("step_seconds", self.step_seconds),
+            ("decode_seconds", self.decode_seconds),
+            ("context_token_seconds", self.context_token_seconds),
+            ("prefill_token_seconds", self.prefill_token_seconds),
+            ("prefill_pair_seconds", self.prefill_pair_seconds),
+            ("request_seconds", self.request_seconds),
+        ];
+        let wrong = seconds.into_iter().find(|(_, value)| !(0.0..=1e3).contains(value));
+        if let Some((field, value)) = wrong {
+            return Err(CalibrationError { field, value, rule: "from 0 to 1000 seconds" });
+        }
+        match self.gpus {
+            1..=1024 => Ok(()),
+            gpus => Err(CalibrationError { field: "gpus", value: f64::from(gpus), rule: "from 1 to 1024" }),
+        }
+    }
+
+    /// Of a step over these sequences; 0 for none.
+    pub fn step_seconds(&self, sequences: impl Iterator<Item = SequenceWork>) -> f64 {
+        let mut seconds = 0.0;
+        let mut is_empty = true;
+        for work in sequences.filter(|work| work.new_tokens > 0) {
+            is_empty = false;
+            seconds += match work.new_tokens {
+                1 => self.decode_seconds + (work.cached_tokens + 1) as f64 * self.context_token_seconds,
+                new => {
+                    new as f64 * self.prefill_token_seconds
+                        + pairs(work.cached_tokens as f64, new as f64) * self.prefill_pair_seconds
+                }
+            };
+        }
+        if is_empty { 0.0 } else { self.step_seconds + seconds }
+    }
+}
+
+/// Pairs of a new token and one that it attends to, itself included.
+fn pairs(cached_tokens: f64, new_tokens: f64) -> f64 {
+    new_tokens * cached_tokens + new_tokens * (new_tokens + 1.0) / 2.0
+}

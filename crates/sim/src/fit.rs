@@ -1,0 +1,389 @@
+//! From the points of a benchmark to a [`Calibration`].
+//!
+//! A point tells means over requests, not steps: TTFT, TPOT, requests a second. What a calibration would have given at
+//! the same load is known from a replay over the real engine in virtual time, waves of requests that end together
+//! and waits in the queue included. So the coefficients are those whose replays come closest to what was measured:
+//! least squares of the relative errors, none of them negative, by Gauss-Newton from a first guess without a replay.
+//!
+//! A coefficient that the points cannot tell from others stays at 0 and is named in [`Fit::unseen`].
+
+use serde::Serialize;
+use servelab_engine::{ConfigError, EngineConfig};
+
+use crate::calibration::Calibration;
+use crate::cost::CostModel;
+use crate::least_squares::{independent, least_squares};
+use crate::replay::{Arrivals, Length, Load, replay};
+
+/// Requests of one level of load: means over those that completed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Point {
+    /// As the user knows it.
+    pub label: String,
+    pub arrivals: Arrivals,
+    /// Measured ones.
+    pub requests: u32,
+    /// Those before them.
+    pub warm_up: u32,
+    /// Prompt tokens that were computed: those of the prefix cache are taken off.
+    pub input_tokens: Length,
+    pub output_tokens: Length,
+    pub requests_per_second: f64,
+    pub ttft_seconds: f64,
+    pub tpot_seconds: f64,
+}
+
+/// What was measured, and how the server was set up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Target {
+    pub model: String,
+    pub gpus: u32,
+    /// Most sequences at once, and most tokens of a step.
+    pub max_running: u32,
+    pub max_batched_tokens: u32,
+    /// Tokens that the KV cache holds.
+    pub kv_tokens: u32,
+    /// 2 if the server prepares a step while one is under way.
+    pub steps_at_once: usize,
+    /// Whether requests took a way to the engine, over HTTP.
+    pub is_remote: bool,
+}
+
+/// A calibration and how far it is to be trusted.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Fit {
+    pub calibration: Calibration,
+    /// Coefficients that the points say nothing of, by name.
+    pub unseen: Vec<&'static str>,
+    /// Of each point with the fit to all of them.
+    pub errors: Vec<Errors>,
+    /// Of each point with the fit to all the others; empty if those are too few.
+    pub held_out: Vec<Errors>,
+}
+
+/// What the fit says of a point's load over what was measured, less 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Errors {
+    pub ttft: f64,
+    pub tpot: f64,
+    pub requests_per_second: f64,
+}
+
+/// Points that nothing can be fitted to.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum FitError {
+    #[error("{0} points are too few; measure at least {LEAST_POINTS} levels of load, better five")]
+    TooFew(usize),
+    #[error("point {label}: {field} is {value}; it must be {rule}")]
+    Range { label: String, field: &'static str, value: f64, rule: &'static str },
+    #[error(transparent)]
+    Engine(#[from] ConfigError),
+}
+
+/// Alpha, beta and one more to see whether they hold.
+const LEAST_POINTS: usize = 3;
+
+const COEFFICIENTS: usize = 6;
+/// In the order in which they are taken: what cannot be told from those in front is left out.
+const NAMES: [&str; COEFFICIENTS] = ["alpha", "beta", "delta", "gamma", "tau", "epsilon"];
+const ALPHA: usize = 0;
+const BETA: usize = 1;
+const DELTA: usize = 2;
+const GAMMA: usize = 3;
+const TAU: usize = 4;
+const EPSILON: usize = 5;
+
+type Row = [f64; COEFFICIENTS];
+
+/// Improvements of the first guess, and of the fit without a point that starts from the fit with it.
+const ROUNDS: usize = 8;
+const HELD_OUT_ROUNDS: usize = 3;
+/// A round that brings less ends the search.
+const LEAST_GAIN: f64 = 0.02;
+/// A coefficient is moved by what changes TPOT or TTFT about as much, to see what it does.
+const PROBE: f64 = 0.03;
+/// The part of what a coefficient does that others cannot do, below which it counts as unseen: measured points carry
+/// noise of a few percent.
+const LEAST_NEW_PART: f64 = 0.05;
+/// A replay of more requests tells little more.
+const MOST_REQUESTS: u32 = 400;
+const TURNS: u32 = 6;
+
+/// Fits `points`, all measured on `target`.
+///
+/// # Errors
+/// If the points are too few or impossible.
+pub fn fit(target: &Target, points: &[Point]) -> Result<Fit, FitError> {
+    if points.len() < LEAST_POINTS {
+        return Err(FitError::TooFew(points.len()));
+    }
+    points.iter().try_for_each(check)?;
+    let all: Vec<&Point> = points.iter().collect();
+    let search = Search { target, points: &all };
+    let found = search.improve(first_guess(target, points), ROUNDS)?;
+    let mut held_out = Vec::new();
+    if points.len() > LEAST_POINTS {
+        for point in points {
+            let others: Vec<&Point> = points.iter().filter(|other| *other != point).collect();
+            let found = Search { target, points: &others }.improve(found.coefficients, HELD_OUT_ROUNDS)?;
+            held_out.push(target.errors(&found.coefficients, point)?);
+        }
+    }
+    let errors: Result<_, _> = points.iter().map(|point| target.errors(&found.coefficients, point)).collect();
+    Ok(Fit {
+        calibration: target.calibration(&found.coefficients),
+        unseen: (0..COEFFICIENTS).filter(|index| !found.seen[*index]).map(|index| NAMES[index]).collect(),
+        errors: errors?,
+        held_out,
+    })
+}
+
+fn check(point: &Point) -> Result<(), FitError> {
+    let load = match point.arrivals {
+        Arrivals::Closed(clients) => ("concurrency", f64::from(clients)),
+        Arrivals::Poisson(rate) => ("rate", rate),
+    };
+    let refuse = |field, value, rule| Err(FitError::Range { label: point.label.clone(), field, value, rule });
+    let positive = [
+        load,
+        ("number of requests", f64::from(point.requests)),
+        ("requests per second", point.requests_per_second),
+        ("mean TTFT", point.ttft_seconds),
+        ("mean TPOT", point.tpot_seconds),
+    ];
+    if let Some((field, value)) = positive.into_iter().find(|(_, value)| !(1e-9..=1e9).contains(value)) {
+        return refuse(field, value, "a positive number");
+    }
+    let lengths = [
+        ("mean number of input tokens", point.input_tokens, 1.0),
+        // A single token has no TPOT.
+        ("mean number of output tokens", point.output_tokens, 2.0),
+    ];
+    for (field, length, least) in lengths {
+        if !(least..=1e6).contains(&length.mean) || !(0.0..=1e6).contains(&length.std) {
+            return refuse(field, length.mean, "from 1 to 1e6, of answers at least 2");
+        }
+    }
+    Ok(())
+}
+
+impl Target {
+    fn calibration(&self, coefficients: &Row) -> Calibration {
+        Calibration {
+            model: self.model.clone(),
+            gpus: self.gpus,
+            step_seconds: coefficients[ALPHA],
+            decode_seconds: coefficients[BETA],
+            context_token_seconds: coefficients[GAMMA],
+            prefill_token_seconds: coefficients[DELTA],
+            prefill_pair_seconds: coefficients[EPSILON],
+            request_seconds: coefficients[TAU],
+        }
+    }
+
+    /// What would have been measured at the load of `point`.
+    fn predict(&self, coefficients: &Row, point: &Point) -> Result<Predicted, ConfigError> {
+        let calibration = self.calibration(coefficients);
+        let config = EngineConfig {
+            block_size: BLOCK_SIZE,
+            num_blocks: self.kv_tokens.div_ceil(BLOCK_SIZE).max(1),
+            max_model_len: 2,
+            max_batched_tokens: self.max_batched_tokens,
+            max_running: self.max_running,
+            max_waiting: 1,
+            prefix_cache: false,
+        };
+        // Whoever comes over a network comes after the next step has begun, however fast it is.
+        let least_seconds = if self.is_remote { 1e-6 } else { 0.0 };
+        let load = Load { request_seconds: calibration.request_seconds.max(least_seconds), ..point.load() };
+        let measured = replay(config, CostModel::Calibrated(calibration), self.steps_at_once, load)?;
+        Ok(Predicted {
+            ttft_seconds: measured.ttft_seconds,
+            tpot_seconds: measured.tpot_seconds,
+            requests_per_second: f64::from(load.requests) / measured.duration_seconds.max(1e-9),
+        })
+    }
+
+    fn errors(&self, coefficients: &Row, point: &Point) -> Result<Errors, ConfigError> {
+        let predicted = self.predict(coefficients, point)?;
+        // By Little's law: the replay is shorter than the benchmark, so that its beginning and end count for more.
+        let residence = |ttft: f64, tpot: f64| ttft + (point.output_tokens.mean - 1.0) * tpot;
+        let requests_per_second = match point.arrivals {
+            Arrivals::Closed(_) => {
+                residence(point.ttft_seconds, point.tpot_seconds)
+                    / residence(predicted.ttft_seconds, predicted.tpot_seconds)
+            }
+            Arrivals::Poisson(_) => predicted.requests_per_second / point.requests_per_second,
+        };
+        Ok(Errors {
+            ttft: predicted.ttft_seconds / point.ttft_seconds - 1.0,
+            tpot: predicted.tpot_seconds / point.tpot_seconds - 1.0,
+            requests_per_second: requests_per_second - 1.0,
+        })
+    }
+}
+
+const BLOCK_SIZE: u32 = 16;
+
+struct Predicted {
+    ttft_seconds: f64,
+    tpot_seconds: f64,
+    requests_per_second: f64,
+}
+
+impl Point {
+    fn load(&self) -> Load {
+        let enough = match self.arrivals {
+            Arrivals::Closed(clients) => MOST_REQUESTS.max(clients.saturating_mul(TURNS)),
+            Arrivals::Poisson(_) => MOST_REQUESTS,
+        };
+        Load {
+            arrivals: self.arrivals,
+            requests: self.requests.saturating_add(self.warm_up).min(enough),
+            warm_up: self.warm_up.min(enough / 2),
+            input_tokens: self.input_tokens,
+            output_tokens: self.output_tokens,
+            request_seconds: 0.0,
+        }
+    }
+
+    /// Decoding sequences on average, by Little's law.
+    fn decoding(&self) -> f64 {
+        self.requests_per_second * (self.output_tokens.mean - 1.0) * self.tpot_seconds
+    }
+
+    /// TPOT in coefficients, if prompts come evenly: the step in which `decoding` sequences decode and of prompts as
+    /// much is computed as belongs to the answers that end.
+    fn tpot_row(&self) -> Row {
+        let decoding = self.decoding();
+        let prompts = decoding / (self.output_tokens.mean - 1.0);
+        let mut row = [0.0; COEFFICIENTS];
+        row[ALPHA] = 1.0;
+        row[BETA] = decoding;
+        row[GAMMA] = decoding * (self.input_tokens.mean + self.output_tokens.mean / 2.0);
+        row[DELTA] = prompts * self.input_tokens.mean;
+        row[EPSILON] = prompts * self.pairs();
+        row
+    }
+
+    /// Pairs of tokens of a prompt.
+    fn pairs(&self) -> f64 {
+        let Length { mean, std } = self.input_tokens;
+        (mean * mean + std * std + mean) / 2.0
+    }
+}
+
+/// From TPOT as it would be if prompts came evenly, and TTFT as it is with nobody else there.
+fn first_guess(target: &Target, points: &[Point]) -> Row {
+    let mut rows: Vec<(Row, f64)> = Vec::new();
+    for point in points {
+        // Divided by what was measured: relative errors count alike.
+        rows.push((point.tpot_row().map(|value| value / point.tpot_seconds), 1.0));
+        if matches!(point.arrivals, Arrivals::Closed(1)) {
+            let mut row = [0.0; COEFFICIENTS];
+            row[ALPHA] = 1.0;
+            row[DELTA] = point.input_tokens.mean;
+            row[EPSILON] = point.pairs();
+            row[TAU] = if target.is_remote { 1.0 } else { 0.0 };
+            rows.push((row.map(|value| value / point.ttft_seconds), 1.0));
+        }
+    }
+    least_squares(&rows, independent(&rows, LEAST_NEW_PART))
+}
+
+/// Coefficients and which of them the points tell apart.
+struct Found {
+    coefficients: Row,
+    seen: [bool; COEFFICIENTS],
+}
+
+struct Search<'a> {
+    target: &'a Target,
+    points: &'a [&'a Point],
+}
+
+impl Search<'_> {
+    /// Gauss-Newton: what each coefficient does is taken as linear, the best coefficients follow, and once more.
+    fn improve(&self, start: Row, rounds: usize) -> Result<Found, ConfigError> {
+        let mut found = Found { coefficients: start, seen: [true; COEFFICIENTS] };
+        let mut predicted = self.relative(&start)?;
+        for round in 0..rounds {
+            let rows = self.linear(&found.coefficients, &predicted)?;
+            if round == 0 {
+                found.seen = independent(&rows, LEAST_NEW_PART);
+            }
+            let wanted = least_squares(&rows, found.seen);
+            let before = squares(&predicted);
+            let Some((better, figures)) = self.towards(&found.coefficients, &wanted, before)? else { break };
+            let gain = 1.0 - squares(&figures) / before;
+            (found.coefficients, predicted) = (better, figures);
+            if gain < LEAST_GAIN {
+                break;
+            }
+        }
+        for index in (0..COEFFICIENTS).filter(|index| !found.seen[*index]) {
+            found.coefficients[index] = 0.0;
+        }
+        Ok(found)
+    }
+
+    /// Predicted over measured: TPOT and TTFT of each point.
+    fn relative(&self, coefficients: &Row) -> Result<Vec<f64>, ConfigError> {
+        let mut relative = Vec::new();
+        for point in self.points {
+            let predicted = self.target.predict(coefficients, point)?;
+            relative.push(predicted.tpot_seconds / point.tpot_seconds);
+            relative.push(predicted.ttft_seconds / point.ttft_seconds);
+        }
+        Ok(relative)
+    }
+
+    /// One equation for each figure: what the coefficients must make of it for the prediction to be right.
+    fn linear(&self, at: &Row, predicted: &[f64]) -> Result<Vec<(Row, f64)>, ConfigError> {
+        let mut rows: Vec<(Row, f64)> =
+            predicted.iter().map(|value| ([0.0; COEFFICIENTS], 1.0 - value)).collect();
+        for index in (0..COEFFICIENTS).filter(|index| *index != TAU || self.target.is_remote) {
+            let by = self.probe(index);
+            let mut moved = *at;
+            moved[index] += by;
+            for ((row, wanted), (after, before)) in
+                rows.iter_mut().zip(self.relative(&moved)?.iter().zip(predicted))
+            {
+                row[index] = (after - before) / by;
+                *wanted += row[index] * at[index];
+            }
+        }
+        Ok(rows)
+    }
+
+    /// How far a coefficient is moved.
+    fn probe(&self, index: usize) -> f64 {
+        let mean = |figure: fn(&Point) -> f64| {
+            self.points.iter().map(|point| figure(point)).sum::<f64>() / self.points.len() as f64
+        };
+        if index == TAU {
+            return PROBE * mean(|point| point.ttft_seconds);
+        }
+        let part: f64 = self.points.iter().map(|point| point.tpot_row()[index] / point.tpot_seconds).sum();
+        PROBE * self.points.len() as f64 / part.max(1e-12)
+    }
+
+    /// All the way to `wanted`, or as much of it as makes things better.
+    fn towards(&self, from: &Row, wanted: &Row, before: f64) -> Result<Option<(Row, Vec<f64>)>, ConfigError> {
+        let mut share = 1.0;
+        for _ in 0..5 {
+            let there: Row = std::array::from_fn(|index| from[index] + share * (wanted[index] - from[index]));
+            let figures = self.relative(&there)?;
+            if squares(&figures) < before {
+                return Ok(Some((there, figures)));
+            }
+            share /= 2.0;
+        }
+        Ok(None)
+    }
+}
+
+/// Of the relative errors.
+fn squares(relative: &[f64]) -> f64 {
+    relative.iter().map(|value| (value - 1.0).powi(2)).sum()
+}
