@@ -1,5 +1,7 @@
 //! `--hardware`: what the hardware under the model allows, beside what was measured.
 
+use std::collections::BTreeMap;
+
 use servelab_bench::limits::limits;
 use servelab_bench::result::{Limits, Metrics};
 use servelab_model::cpu::{Kernels, limits as cpu_limits};
@@ -8,6 +10,7 @@ use servelab_server::LoadError;
 use servelab_sim::{Dtype, HardwareProfile, ModelShape, Roofline};
 
 use super::args::ReportArgs;
+use super::machine;
 use super::settings::TargetSettings;
 use crate::load;
 use crate::memory;
@@ -43,6 +46,8 @@ pub struct Limiter {
     pub gpus: Option<u32>,
     /// Number format of the model's weights.
     pub weight_dtype: Dtype,
+    /// What was measured of this machine, to be kept with the figures.
+    pub facts: BTreeMap<String, String>,
     model: String,
     roofline: Roofline,
 }
@@ -80,14 +85,35 @@ impl Limiter {
             name => plan_command::named_or_file(name)?,
         };
         let roofline = Roofline::new(&shape, &profile, gpus)?;
-        let hardware = if gpus == 1 { profile.name } else { format!("{gpus} x {}", profile.name) };
-        let gpus = (name != "measured").then_some(gpus);
-        Ok(Some(Self { hardware, gpus, weight_dtype: shape.weight_dtype, model: shape.name, roofline }))
+        let is_measured = name == "measured";
+        let (hardware, facts) = match (is_measured, gpus) {
+            // Without the rates, which differ from time to time: results of one machine are comparable.
+            (true, _) => (format!("{}, measured", machine::describe().cpu), facts(&profile)),
+            (false, 1) => (profile.name, BTreeMap::new()),
+            (false, gpus) => (format!("{gpus} x {}", profile.name), BTreeMap::new()),
+        };
+        let gpus = (!is_measured).then_some(gpus);
+        Ok(Some(Self {
+            hardware,
+            gpus,
+            weight_dtype: shape.weight_dtype,
+            facts,
+            model: shape.name,
+            roofline,
+        }))
     }
 
     pub fn limits(&self, metrics: &Metrics) -> Option<Limits> {
         limits(&self.roofline, &self.model, &self.hardware, metrics)
     }
+}
+
+fn facts(measured: &HardwareProfile) -> BTreeMap<String, String> {
+    let rates = measured.flops_per_second.iter().map(|(dtype, rate)| {
+        (format!("measured_arithmetic_{}", dtype.name()), format!("{:.0} GFLOP/s", rate / 1e9))
+    });
+    let bandwidth = format!("{:.1} GB/s", measured.bandwidth_bytes_per_second / 1e9);
+    rates.chain([("measured_bandwidth".to_owned(), bandwidth)]).collect()
 }
 
 fn given_shape(report: &ReportArgs) -> Result<ModelShape, HardwareError> {

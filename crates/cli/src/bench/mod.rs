@@ -176,6 +176,8 @@ async fn bench<T: Target>(
     let mut model = prepared.model;
     // A server does not tell; then it is what the limits were computed for.
     model.dtype = model.dtype.or(limiter.as_ref().map(|limiter| limiter.weight_dtype.name().to_owned()));
+    let mut metadata = settings.metadata.clone();
+    metadata.extend(limiter.iter().flat_map(|limiter| limiter.facts.clone()));
     let header = Header {
         tool_version: env!("CARGO_PKG_VERSION").into(),
         tool_commit: option_env!("SERVELAB_COMMIT").map(str::to_owned),
@@ -190,7 +192,7 @@ async fn bench<T: Target>(
         workload,
         slo: settings.session.slo.clone(),
         unanswered: prepared.unanswered,
-        metadata: settings.metadata.clone(),
+        metadata,
     };
     let result = BenchResult { schema_version: SCHEMA_VERSION, header, points, search };
     if let (Some(output), Some(folder)) = (output, &settings.out) {

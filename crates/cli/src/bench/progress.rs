@@ -164,8 +164,7 @@ impl Observer for Progress {
 
 /// A bar and two lines of figures, until the sender is gone.
 fn draw(title: &str, goal: Goal, live: &Live, stopped: &Receiver<()>) {
-    let block =
-        ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND));
+    let block = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND));
     if let Ok(style) = ProgressStyle::with_template("{msg}") {
         block.set_style(style);
     }
