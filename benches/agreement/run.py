@@ -11,19 +11,19 @@ figures. `serve` is `servelab serve` with these flags, by itself the demo model.
 `--aiperf` and `--inference-perf` name the two programs, each in a virtual environment of its own (aiperf 0.13;
 inference-perf 0.7, which wants Python 3.12). Nothing is downloaded: the tokenizer is a local folder.
 
-The tools take turns round by round, so that a change in the machine's load meets all of them. OUT_FOLDER gets what each
-tool wrote, `means.json`, and `means.md`: a table of means over the rounds with their standard errors, and where the
-definitions differ.
+The tools take turns round by round, so that a change in the machine's load meets all of them. OUT_FOLDER gets
+`means.json`, what each tool found in each round, and `means.md`, a table of means over the rounds with their standard
+errors, and where the definitions differ. What the tools wrote stays in a temporary folder that is named at the start.
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -76,15 +76,16 @@ def parse():
 
 def main():
     options = parse()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="agreement-"))
+    print("what the tools write is in", scratch, flush=True)
     server, url, model = start(options.target)
     rounds = []
     try:
         for number in range(1, options.rounds + 1):
             found = {}
             for tool in TOOLS:
-                folder = options.out / f"{number:02}-{tool}"
+                folder = scratch / f"{number:02}-{tool}"
                 folder.mkdir()
                 found[tool] = RUN[tool](options, url, model, folder, number)
                 print(number, tool, json.dumps({key: rounded(value) for key, value in found[tool].items()}), flush=True)
@@ -93,7 +94,7 @@ def main():
         server.terminate()
         server.wait()
     means = {tool: {key: summary([found[tool].get(key) for found in rounds]) for key, *_ in FIGURES} for tool in TOOLS}
-    (options.out / "means.json").write_text(json.dumps({"rounds": rounds, "means": means}, indent=1) + "\n")
+    (options.out / "means.json").write_text(json.dumps({"target": options.target, "rounds": rounds, "means": means}, indent=1) + "\n")
     table = render(options, means)
     (options.out / "means.md").write_text(table)
     print(table)
