@@ -2,8 +2,9 @@
 //! architecture that is served on, spills no register, fits the shared memory, and takes the parameters
 //! that the table says.
 //!
-//! Runs when `SERVELAB_NVRTC` names the folder of libnvrtc.so (`just kernels` installs it); with
-//! `SERVELAB_NVRTC_EVERY` set, for every group of heads and block size instead of a selection.
+//! Runs when `SERVELAB_NVRTC` names the folder of libnvrtc.so (`just kernels`). What is compiled: every kernel for
+//! all four architectures; attention and cache writes in every format and head size, each with three pairs of group
+//! and block size for `sm_90a` and one for the others. `SERVELAB_NVRTC_EVERY=1` takes all thirty pairs everywhere.
 #![allow(clippy::unwrap_used, reason = "a helper that unwraps fails the test that called it")]
 #![allow(clippy::print_stdout, reason = "the table of registers is what `just kernels` is run for")]
 #![allow(unsafe_code, reason = "a C library is called")]
@@ -13,11 +14,12 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io::Write;
 use std::path::Path;
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use servelab_model::cuda::geometry::{self, DecodeTile, PrefillTile};
 use servelab_model::cuda::gpu::{Arch, GpuInfo, Launch};
 use servelab_model::cuda::kernels::{
-    BLOCK_SIZES, Element, Entry, HEAD_DIMS, KvElement, Module, ParameterKind, Specialisation,
+    self, BLOCK_SIZES, Element, Entry, HEAD_DIMS, KvElement, Module, ParameterKind, Specialisation,
 };
 
 /// What the CUDA C++ programming guide's table of compute capabilities says of shared memory, in KiB: of a block
@@ -34,27 +36,54 @@ fn every_kernel_compiles_without_spills_and_takes_what_the_table_says() {
         return;
     };
     let nvrtc = &Nvrtc::open(Path::new(&folder));
-    let tables: Vec<_> = std::thread::scope(|scope| {
-        let threads = ARCHITECTURES.map(|sizes| scope.spawn(move || compile_all(nvrtc, sizes)));
+    let jobs: Vec<Job> = ARCHITECTURES.into_iter().flat_map(jobs).collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = &AtomicUsize::new(0);
+    let tables: Vec<Registers> = std::thread::scope(|scope| {
+        let work = || {
+            let mut registers = Registers::new();
+            while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                job.compile(nvrtc, &mut registers);
+            }
+            registers
+        };
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    println!("most registers of a thread:");
-    for ((arch, ..), registers) in ARCHITECTURES.iter().zip(tables) {
-        for (kernel, most) in registers {
-            println!("  sm_{arch:<4} {kernel:<18} {most}");
+    let mut most = Registers::new();
+    for (key, (modules, registers)) in tables.into_iter().flatten() {
+        let (all_modules, all_registers) = most.entry(key).or_default();
+        (*all_modules, *all_registers) = (*all_modules + modules, registers.max(*all_registers));
+    }
+    println!(
+        "{} modules; of each kernel how often it was compiled, and most registers of a thread:",
+        jobs.len()
+    );
+    for ((arch, kernel), (modules, registers)) in &most {
+        println!("  sm_{arch:<4} {kernel:<18} {modules:>4} {registers:>4}");
+    }
+    for (arch, ..) in ARCHITECTURES {
+        for entry in kernels::FILES.iter().flat_map(|file| file.entries) {
+            let is_shipped = Arch(arch).has_fp8() || !kernels::FP8.entries.contains(entry);
+            assert_eq!(most.contains_key(&(arch, entry.name)), is_shipped, "{} for sm_{arch}", entry.name);
         }
     }
 }
 
-/// Compiles and checks everything for one architecture; the most registers that each kernel takes.
-fn compile_all(
-    nvrtc: &Nvrtc,
-    (arch, per_block, per_multiprocessor): (u32, u32, u32),
-) -> BTreeMap<&'static str, u32> {
-    let info = gpu(arch, per_block, per_multiprocessor);
-    let mut registers = BTreeMap::new();
-    for (module, launches) in modules(&info) {
-        let found = nvrtc.compile(&module, &info.arch.target());
+/// By architecture and kernel: compiled modules, and most registers of a thread.
+type Registers = BTreeMap<(u32, &'static str), (usize, u32)>;
+
+/// One module for one architecture, with the launches that need shared memory or many registers.
+struct Job {
+    info: GpuInfo,
+    module: Module,
+    launches: Vec<(&'static str, Launch)>,
+}
+
+impl Job {
+    fn compile(&self, nvrtc: &Nvrtc, registers: &mut Registers) {
+        let Self { info, module, launches } = self;
+        let found = nvrtc.compile(module, &info.arch.target());
         let title = format!("{} for {}", module.title(), info.arch.target());
         let output = found.unwrap_or_else(|log| panic!("{title}:\n{log}"));
         let report = Report::read(&output.log);
@@ -62,14 +91,13 @@ fn compile_all(
         for entry in module.file.entries {
             assert_eq!(parameters(&output.ptx, entry.name), expected(entry), "{title}, {}", entry.name);
             let used = &report.kernels[entry.name];
-            let most = registers.entry(entry.name).or_default();
-            *most = used.registers.max(*most);
+            let (modules, most) = registers.entry((info.arch.0, entry.name)).or_default();
+            (*modules, *most) = (*modules + 1, used.registers.max(*most));
             if let Some((_, launch)) = launches.iter().find(|(name, _)| *name == entry.name) {
-                used.fits(launch, &info, &title);
+                used.fits(launch, info, &title);
             }
         }
     }
-    registers
 }
 
 fn gpu(arch: u32, per_block: u32, per_multiprocessor: u32) -> GpuInfo {
@@ -84,7 +112,13 @@ fn gpu(arch: u32, per_block: u32, per_multiprocessor: u32) -> GpuInfo {
     }
 }
 
-/// What is compiled for one architecture, with the launches that need shared memory or many registers.
+/// What is compiled for one architecture.
+fn jobs((arch, per_block, per_multiprocessor): (u32, u32, u32)) -> Vec<Job> {
+    let info = gpu(arch, per_block, per_multiprocessor);
+    let job = |(module, launches)| Job { info: info.clone(), module, launches };
+    modules(&info).into_iter().map(job).collect()
+}
+
 fn modules(info: &GpuInfo) -> Vec<(Module, Vec<(&'static str, Launch)>)> {
     let mut all = Vec::new();
     for specialisation in specialisations(info) {
@@ -112,45 +146,46 @@ fn modules(info: &GpuInfo) -> Vec<(Module, Vec<(&'static str, Launch)>)> {
     all
 }
 
-/// Every format and head size, each with three groups and all block sizes in turn; or with all of them.
+const GROUPS: [u32; 10] = [1, 4, 8, 2, 7, 5, 3, 6, 12, 16];
+
+/// See the top of the file.
 fn specialisations(info: &GpuInfo) -> Vec<Specialisation> {
-    const GROUPS: [u32; 10] = [1, 4, 8, 2, 7, 5, 3, 6, 12, 16];
     let every = std::env::var_os("SERVELAB_NVRTC_EVERY").is_some();
     let kvs = [KvElement::Same, KvElement::E4M3];
+    let formats: Vec<(Element, KvElement)> = [Element::BF16, Element::F16]
+        .into_iter()
+        .flat_map(|element| kvs.map(|kv| (element, kv)))
+        .filter(|(_, kv)| *kv == KvElement::Same || info.arch.has_fp8())
+        .collect();
     let mut all = Vec::new();
-    for element in [Element::BF16, Element::F16] {
-        for kv in kvs.into_iter().filter(|kv| *kv == KvElement::Same || info.arch.has_fp8()) {
-            for head_dim in HEAD_DIMS {
-                let mut add = |group: u32, block_size: u32, head_norms: bool| {
-                    all.push(Specialisation {
-                        element,
-                        kv,
-                        hidden: 4096,
-                        head_dim,
-                        group,
-                        block_size,
-                        head_norms,
-                        decode: DecodeTile::choose(info, head_dim, kv),
-                        prefill: PrefillTile::choose(head_dim),
-                    });
-                };
-                if every {
+    for (format, (element, kv)) in formats.iter().enumerate() {
+        for (dim, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+            let mut add = |group: u32, block_size: u32, head_norms: bool| {
+                all.push(Specialisation {
+                    element: *element,
+                    kv: *kv,
+                    hidden: 4096,
+                    head_dim,
+                    group,
+                    block_size,
+                    head_norms,
+                    decode: DecodeTile::choose(info, head_dim, *kv),
+                    prefill: PrefillTile::choose(head_dim),
+                });
+            };
+            let shape = dim + HEAD_DIMS.len() * format;
+            let mut nth = |i: usize| add(GROUPS[i % GROUPS.len()], BLOCK_SIZES[i % 3], i % 2 == 1);
+            match (every, info.arch) {
+                (true, _) => {
                     let pairs = GROUPS.iter().flat_map(|group| BLOCK_SIZES.map(|size| (*group, size)));
                     pairs.for_each(|(group, size)| add(group, size, group % 2 == 0));
-                } else {
-                    let next = first_group(element, kv, head_dim);
-                    (0..3).for_each(|i| add(GROUPS[(next + i) % GROUPS.len()], BLOCK_SIZES[i], i == 1));
                 }
+                (false, Arch(90)) => (3 * shape..3 * shape + 3).for_each(nth),
+                (false, _) => nth(shape),
             }
         }
     }
     all
-}
-
-/// Where in the list of groups a shape starts, so that all of them occur.
-fn first_group(element: Element, kv: KvElement, head_dim: u32) -> usize {
-    let shape = HEAD_DIMS.iter().position(|dim| *dim == head_dim).unwrap();
-    3 * (shape + 5 * usize::from(element == Element::F16) + 10 * usize::from(kv == KvElement::E4M3))
 }
 
 /// The kinds of a kernel's parameters as PTX declares them.

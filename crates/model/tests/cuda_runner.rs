@@ -23,7 +23,7 @@ use servelab_model::cpu::runner::{CpuOptions, CpuRunner};
 use servelab_model::cuda::compare::{CompareSizes, Comparison, Numbers, compare_cpu};
 use servelab_model::cuda::examine::{Effort, Finding, examine};
 use servelab_model::cuda::kernels::{Element, KvElement};
-use servelab_model::cuda::ops::CudaOptions;
+use servelab_model::cuda::ops::{CudaOptions, GpuTime};
 use servelab_model::cuda::runner::{CudaModel, CudaRunner, Ways};
 // The emulator finds these beside itself.
 use servelab_model::cuda::{gpu, kernels};
@@ -262,6 +262,24 @@ fn eight_bits_cost_little() {
 }
 
 #[test]
+fn a_gpu_without_8_bit_floats_refuses_them_and_computes_the_rest() {
+    let Some(emulator) = Emulator::or_skip("8 bits", 5) else { return };
+    let emulator = Arc::new(emulator.with_arch(gpu::Arch(80)));
+    let load = |options| {
+        CudaModel::load(Arc::clone(&emulator), &config("{}"), &weights(), options, Box::new(|_, _| ()))
+    };
+    for (fp8_weights, kv, what) in
+        [(true, KvElement::Same, "fp8 weights"), (false, KvElement::E4M3, "an fp8 KV cache")]
+    {
+        let error = load(CudaOptions { fp8_weights, kv, ..options() }).err().unwrap().to_string();
+        assert!(error.contains(what) && error.contains("compute capability 8.0; 8.9 or later"), "{error}");
+    }
+    let runner = load(options()).unwrap().into_runner(BLOCKS, Ways::default()).unwrap();
+    let answer = answer(&mut engine(runner, BLOCKS, 64, true), request(1, &prompt(1, 20), 4));
+    assert_eq!(answer.tokens.len(), 4);
+}
+
+#[test]
 fn greedy_answers_are_those_of_the_cpu() {
     for change in ["{}", QWEN2, QWEN3, MISTRAL] {
         let config = config(change);
@@ -425,12 +443,15 @@ fn the_pool_is_planned_from_what_a_trial_leaves_free() {
     assert!(model.pool_demand(0.0001, ways).unwrap().plan().is_err());
     let runner = model.into_runner(plan.blocks as usize, ways).unwrap();
     assert_eq!(runner.pool_bytes(), plan.pool_bytes);
+    assert_eq!(runner.time(), GpuTime::default(), "the trial does not count");
     let taken = demand.total_bytes - gpu::Gpu::free_bytes(&*emulator).unwrap();
     assert!(taken as f64 <= 0.02 * demand.total_bytes as f64 + 1.0, "{taken} bytes are taken");
     // And not far below it: a block more would not have fitted, but for the words of a step.
     assert!(taken as f64 >= 0.019 * demand.total_bytes as f64, "{taken} bytes are taken");
     let mut engine = engine(runner, plan.blocks as usize, 64, true);
     assert_eq!(answer(&mut engine, request(1, &prompt(1, 20), 5)).tokens.len(), 5);
+    let time = engine.runner().time();
+    assert!(time.steps >= 5 && time.busy_seconds > 0.0 && time.idle_seconds >= 0.0, "{time:?}");
 }
 
 /// All that `servelab doctor` does with a GPU, in small.

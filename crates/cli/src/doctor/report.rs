@@ -5,7 +5,7 @@ use servelab_model::cuda::checks::Check;
 use servelab_model::cuda::compare::{Comparison, Numbers};
 use servelab_model::cuda::driver::OpenError;
 use servelab_model::cuda::examine::Finding;
-use servelab_model::cuda::libraries::Found;
+use servelab_model::cuda::libraries::{Found, Library};
 use servelab_model::cuda::limits::Limits;
 
 use super::{CpuFacts, GpuFacts, Word};
@@ -221,10 +221,11 @@ fn gpu_lines(facts: &GpuFacts) -> Vec<String> {
         ByteSize(*free_bytes),
         ByteSize(info.memory_bytes)
     )];
-    lines.extend(driver.iter().map(|version| format!("driver       {version}")));
     lines.extend(libraries.all().map(|found| {
         let path = found.path.as_ref().map_or_else(String::new, |path| format!(", {}", path.display()));
-        format!("{:<12} CUDA {}{path}", found.library.title(), found.version)
+        let own = driver.iter().filter(|_| found.library == Library::Driver);
+        let own: String = own.map(|version| format!("{version}, ")).collect();
+        format!("{:<12} {own}CUDA {}{path}", found.library.title(), found.version)
     }));
     lines
 }
@@ -308,7 +309,7 @@ mod tests {
 
     use servelab_model::cpu::limits as cpu_limits;
     use servelab_model::cuda::gpu::{Arch, GpuInfo};
-    use servelab_model::cuda::libraries::{Libraries, Library, Missing, Version};
+    use servelab_model::cuda::libraries::{Libraries, Missing, Version};
 
     use super::*;
 

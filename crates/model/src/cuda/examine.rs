@@ -44,13 +44,13 @@ impl Finding {
         match self {
             Self::Failed { what, reason } => Some(format!("{what}: {reason}")),
             Self::Check(check) if !check.passed() => Some(format!(
-                "{} is wrong by {:.1e}, {:.1e} is allowed ({}); please report it, and serve with --device cpu \
-                 meanwhile",
+                "the kernel {} computes wrong numbers (error {:.1e}, {:.1e} allowed; {}); please report it, and serve \
+                 with --device cpu meanwhile",
                 check.kernel, check.error, check.tolerance, check.case
             )),
             Self::Model(numbers, comparison) if !comparison.passed() => Some(format!(
-                "a small model in {} answers otherwise on the GPU than on the CPU (log-probabilities differ by {:.3}, \
-                 {} is allowed); please report it, and {} meanwhile",
+                "a small model ({}) answers otherwise on the GPU than on the CPU (log-probabilities differ by {:.3}, {} \
+                 allowed); please report it, and {} meanwhile",
                 numbers.title(),
                 comparison.logprob_error.max(comparison.gap / 2.0),
                 comparison.tolerance,
@@ -105,7 +105,10 @@ mod tests {
         };
         assert_eq!(Finding::Check(good.clone()).fault(), None);
         let fault = Finding::Check(Check { error: f64::INFINITY, ..good }).fault().unwrap();
-        assert!(fault.contains("embed is wrong by inf") && fault.contains("--device cpu"), "{fault}");
+        assert!(
+            fault.contains("embed computes wrong numbers (error inf") && fault.contains("--device cpu"),
+            "{fault}"
+        );
         let model = |logprob_error, gap| Comparison {
             logprob_error,
             output_tokens: 64,

@@ -39,13 +39,15 @@ impl Library {
         }
     }
 
+    /// Whether the loader finds it by a name that the bindings know. If so the bindings take it now: cuBLASLt is so
+    /// large that opening it only to look would be felt.
     fn answers(self) -> bool {
         // SAFETY: opens NVIDIA's libraries, whose initialisers are trusted as the driver is.
         unsafe {
             match self {
-                Self::Driver => driver::sys::is_culib_present(),
-                Self::Nvrtc => nvrtc::sys::is_culib_present(),
-                Self::CublasLt => cublaslt::sys::is_culib_present(),
+                Self::Driver => driver::sys::is_culib_present() && taken(driver::sys::culib()),
+                Self::Nvrtc => nvrtc::sys::is_culib_present() && taken(nvrtc::sys::culib()),
+                Self::CublasLt => cublaslt::sys::is_culib_present() && taken(cublaslt::sys::culib()),
             }
         }
     }
@@ -68,6 +70,11 @@ impl Library {
             Some(std::fs::canonicalize(name).unwrap_or_else(|_| name.into()))
         }
     }
+}
+
+/// A library that is loaded for good.
+fn taken<L>(_: &'static L) -> bool {
+    true
 }
 
 /// Why there is no GPU to compute on, in one line that says what to do.

@@ -92,7 +92,12 @@ pub struct CudaOps<G: Gpu> {
     is_open: bool,
     turn: usize,
     last_answers: usize,
+    /// The step that was begun.
+    begun: Option<G::Event>,
     under_way: VecDeque<UnderWay<G>>,
+    /// The end of the last step whose answers were asked for.
+    last_done: Option<G::Event>,
+    time: GpuTime,
     weight_bytes: u64,
     activation_bytes: u64,
 }
@@ -135,6 +140,19 @@ struct Pool<G: Gpu> {
     staging: [G::Pinned; STEPS_AT_ONCE],
 }
 
+/// How the GPU spent its time, by its own clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GpuTime {
+    pub steps: u64,
+    pub busy_seconds: f64,
+    /// Between a step and the next, where that came soon enough for the GPU to have waited for the host and not
+    /// for work.
+    pub idle_seconds: f64,
+}
+
+/// Longest time between two steps that counts as the host's.
+const MOST_IDLE_SECONDS: f64 = 0.1;
+
 /// A step whose answers were not yet asked for.
 struct UnderWay<G: Gpu> {
     turn: usize,
@@ -142,6 +160,7 @@ struct UnderWay<G: Gpu> {
     /// Answers with padding: where the statuses begin.
     places: usize,
     any_logprobs: bool,
+    begun: Option<G::Event>,
     done: G::Event,
 }
 
@@ -281,7 +300,10 @@ impl<G: Gpu> CudaOps<G> {
             is_open: false,
             turn: 0,
             last_answers: 0,
+            begun: None,
             under_way: VecDeque::new(),
+            last_done: None,
+            time: GpuTime::default(),
             weight_bytes: 0,
             activation_bytes: 0,
         };
@@ -313,6 +335,28 @@ impl<G: Gpu> CudaOps<G> {
     /// Bytes of activations and of what sampling needs.
     pub fn activation_bytes(&self) -> u64 {
         self.activation_bytes
+    }
+
+    /// Since [`CudaOps::restart_clock`].
+    pub fn time(&self) -> GpuTime {
+        self.time
+    }
+
+    pub fn restart_clock(&mut self) {
+        (self.time, self.last_done) = (GpuTime::default(), None);
+    }
+
+    /// Takes the time of a step that has ended.
+    fn clock(&mut self, begun: Option<G::Event>, done: G::Event) -> Result<(), GpuError> {
+        if let Some(begun) = begun {
+            self.time.steps += 1;
+            self.time.busy_seconds += self.gpu.seconds_between(&begun, &done)?;
+            let gap =
+                self.last_done.as_ref().map(|last| self.gpu.seconds_between(last, &begun)).transpose()?;
+            self.time.idle_seconds += gap.filter(|gap| *gap <= MOST_IDLE_SECONDS).unwrap_or(0.0).max(0.0);
+        }
+        self.last_done = Some(done);
+        Ok(())
     }
 
     pub fn kv_heads(&self) -> u32 {
@@ -473,6 +517,7 @@ impl<G: Gpu> CudaOps<G> {
         if let [(_, count)] = &mut self.picked[..] {
             *count = size.picked;
         }
+        self.begun = Some(self.gpu.record(&self.stream)?);
         self.upload()?;
         self.last_answers = step.rows.len();
         self.is_open = true;
@@ -523,7 +568,8 @@ impl<G: Gpu> CudaOps<G> {
         }
         let done = gpu.record(stream)?;
         let draws = self.packed.draws.draws.clone();
-        self.under_way.push_back(UnderWay { turn, draws, places, any_logprobs, done });
+        let begun = self.begun.take();
+        self.under_way.push_back(UnderWay { turn, draws, places, any_logprobs, begun, done });
         self.turn = (turn + 1) % STEPS_AT_ONCE;
         Ok(())
     }
@@ -992,6 +1038,7 @@ impl<G: Gpu> Ops for CudaOps<G> {
             let logprobs = logprobs.next().unwrap_or(&[]);
             output.rows.push(read_answer(draw, token, status, logprobs, self.shape.vocabulary)?);
         }
+        self.clock(step.begun, step.done)?;
         Ok(output)
     }
 }

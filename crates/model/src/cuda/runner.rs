@@ -15,7 +15,7 @@ use servelab_engine::{
 
 use super::geometry::graph_ladder;
 use super::gpu::{Gpu, GpuError};
-use super::ops::{CudaOps, CudaOptions, STEPS_AT_ONCE};
+use super::ops::{CudaOps, CudaOptions, GpuTime, STEPS_AT_ONCE};
 use super::plan::{PoolDemand, workspace_bytes_per_block};
 use super::upload::StepSize;
 use crate::config::ModelConfig;
@@ -154,6 +154,7 @@ impl<G: Gpu> CudaModel<G> {
                 graphs.push((rows as usize, record(&mut self.ops, &mut self.decoder, rows as usize)?));
             }
         }
+        self.ops.restart_clock();
         Ok(CudaRunner { graphs, ops: self.ops, decoder: self.decoder, ways })
     }
 }
@@ -257,6 +258,11 @@ impl<G: Gpu> CudaRunner<G> {
         self.ops.gpu()
     }
 
+    /// How the GPU spent its time since the runner was made.
+    pub fn time(&self) -> GpuTime {
+        self.ops.time()
+    }
+
     /// Puts a step on the GPU.
     fn put(&mut self, step: &Step) -> Result<(), RunnerError> {
         let passes = Pass::split(&step.rows, self.ops.logits_rows());
@@ -272,6 +278,23 @@ impl<G: Gpu> CudaRunner<G> {
             _ => self.decoder.compute(&mut self.ops, step, &passes)?,
         }
         self.ops.finish()
+    }
+}
+
+impl<G: Gpu> Drop for CudaRunner<G> {
+    /// What the two ways of running steps are worth shows here.
+    fn drop(&mut self) {
+        let GpuTime { steps, busy_seconds, idle_seconds } = self.time();
+        if steps > 0 {
+            let share = 100.0 * idle_seconds / (busy_seconds + idle_seconds);
+            tracing::info!(
+                steps,
+                busy_seconds,
+                idle_seconds,
+                "the GPU computed {steps} steps in {busy_seconds:.2} s and waited {idle_seconds:.2} s between them \
+                 ({share:.1} %)"
+            );
+        }
     }
 }
 

@@ -69,6 +69,12 @@ impl Emulator {
         })
     }
 
+    /// The same with another compute capability.
+    pub fn with_arch(mut self, arch: Arch) -> Self {
+        self.info.arch = arch;
+        self
+    }
+
     /// Lets a launch fail after so many good ones. A sticky error stays; any other is the only one.
     pub fn fail_after(&self, launches: u32, error: GpuError) {
         *lock(&self.failure) = Some((launches, error));
