@@ -276,17 +276,20 @@ impl EngineThread {
             Ok(report) => report,
             Err(_) => return Next::End(EngineEnd::Failed("the engine panicked in a step".into())),
         };
-        self.apply(report)
+        self.apply(report, now)
     }
 
-    fn apply(&mut self, report: StepReport) -> Next {
+    /// `began` is when the step was planned: a request that it took in was scheduled then, and not when its first chunk
+    /// had been computed.
+    fn apply(&mut self, report: StepReport, began: Timestamp) -> Next {
         let now = self.clock.now();
         let progress = report.sequences > 0 || !report.events.is_empty();
         if let Some(error) = &report.error {
             tracing::error!(%error, "a step failed");
         }
         for event in report.events {
-            self.deliver(event, now);
+            let at = if matches!(event, Event::Scheduled { .. }) { began } else { now };
+            self.deliver(event, at);
         }
         self.metrics.observe_step(report.prefill_tokens + report.decode_tokens);
         self.publish();
