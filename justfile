@@ -44,6 +44,11 @@ test-openai:
     cargo test --quiet --workspace --test end_to_end --no-run
     {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"
 
+# The manifests of deploy/: every overlay rendered by kubectl and checked against the schemas of Kubernetes, KEDA and the
+# Prometheus operator, and for the known traps. Needs kubectl and the packages of tests/deploy/requirements.txt.
+test-deploy:
+    {{ python }} -m pytest -q -p no:cacheprovider tests/deploy
+
 # Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler, in 2 minutes. Needs no GPU, but
 # the packages of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every combination.
 kernels:

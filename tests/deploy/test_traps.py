@@ -1,0 +1,231 @@
+"""What the schemas cannot see: manifests that apply without an error and fail when it matters."""
+
+import re
+from urllib.parse import urlparse
+
+import pytest
+import yaml
+
+from manifests import DEPLOY, KEDA_FILES, KUSTOMIZE, OVERLAYS, REPOSITORY, of_kind, only, pod, read, render, settings
+
+# The server cuts what is left after the drain, and gives it and the engine two seconds each.
+AFTER_DRAIN_SECONDS = 4
+
+
+@pytest.fixture(params=OVERLAYS)
+def objects(request):
+    return render(request.param)
+
+
+def seconds(text: str) -> int:
+    return int(re.fullmatch(r"(\d+)s", text)[1])
+
+
+def replica(objects: list[dict]) -> dict:
+    return pod(only(objects, "Deployment"))["containers"][0]
+
+
+def scaled_objects() -> list[tuple[str, dict]]:
+    working = [path for path in KEDA_FILES if path.parent.name != "broken"]
+    files = [(path.name, each) for path in working for each in of_kind(read(path), "ScaledObject")]
+    return files + [(overlay, each) for overlay in OVERLAYS for each in of_kind(render(overlay), "ScaledObject")]
+
+
+def test_answers_can_end_before_the_pod_is_killed(objects):
+    pause = replica(objects)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    needed = pause + seconds(settings(objects)["drain-timeout"]) + AFTER_DRAIN_SECONDS
+    assert pod(only(objects, "Deployment"))["terminationGracePeriodSeconds"] > needed
+    assert pause > 0, "endpoints are withdrawn while SIGTERM is sent"
+
+
+def test_probes_ask_the_right_endpoints(objects):
+    container = replica(objects)
+    path = {probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert path == {"startupProbe": "/ready", "readinessProbe": "/ready", "livenessProbe": "/live"}
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 120, "a load takes that long"
+
+
+def test_ports_agree(objects):
+    deployment = only(objects, "Deployment")
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    ports = replica(objects)["ports"]
+    assert [(port["name"], port["containerPort"]) for port in ports] == [("http", settings(objects)["port"])]
+    assert annotations["prometheus.io/scrape"] == "true"
+    assert annotations["prometheus.io/port"] == str(settings(objects)["port"])
+    assert settings(objects)["host"] == "0.0.0.0", "127.0.0.1 is the pod alone"
+    for service in of_kind(objects, "Service"):
+        assert all(port["targetPort"] == "http" for port in service["spec"]["ports"])
+
+
+def test_selectors_select(objects):
+    labels = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"] for each in of_kind(objects, "Deployment")
+    }
+    selectors = [each["spec"]["selector"] for each in of_kind(objects, "Service")]
+    selectors += [each["spec"]["selector"]["matchLabels"] for each in of_kind(objects, "PodDisruptionBudget")]
+    selectors += [each["spec"]["selector"]["matchLabels"] for each in of_kind(objects, "PodMonitor")]
+    selectors += [each["spec"]["podSelector"]["matchLabels"] for each in of_kind(objects, "NetworkPolicy")]
+    assert len(selectors) >= 4
+    for selector in selectors:
+        chosen = [name for name, pod_labels in labels.items() if selector.items() <= pod_labels.items()]
+        assert len(chosen) == 1, selector
+
+
+def test_the_scaler_owns_the_number_of_replicas(objects):
+    """With `replicas` in the Deployment every apply sets the number back, in the middle of a spike too."""
+    targets = [each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "ScaledObject")]
+    targets += [each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "HorizontalPodAutoscaler")]
+    assert targets == ["servelab"], "one scaler for one target"
+    assert "replicas" not in only(objects, "Deployment")["spec"]
+
+
+def test_a_budget_does_not_block_the_drain_of_a_node(objects):
+    for budget in of_kind(objects, "PodDisruptionBudget"):
+        assert budget["spec"].get("maxUnavailable") and "minAvailable" not in budget["spec"]
+
+
+def test_pods_meet_the_restricted_standard(objects):
+    namespace = only(objects, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    specs = [pod(each) for each in of_kind(objects, "Deployment") + of_kind(objects, "Job")]
+    assert specs
+    for spec in specs:
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_everything_is_in_the_namespace(objects):
+    cluster_wide = {"Namespace", "PriorityClass"}
+    for each in objects:
+        expected = None if each["kind"] in cluster_wide else "servelab"
+        assert each["metadata"].get("namespace") == expected, each["kind"]
+    for binding in of_kind(objects, "RoleBinding"):
+        assert all(subject["namespace"] == "servelab" for subject in binding["subjects"])
+
+
+def test_what_is_mounted_is_there(objects):
+    names = {kind: {each["metadata"]["name"] for each in of_kind(objects, kind)} for kind in
+             ("ConfigMap", "PersistentVolumeClaim", "ServiceAccount", "PriorityClass")}
+    for spec in [pod(each) for each in of_kind(objects, "Deployment") + of_kind(objects, "Job")]:
+        volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in names["ConfigMap"]
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in names["PersistentVolumeClaim"]
+        mounted = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", [])}
+        assert mounted == volumes.keys()
+        assert spec.get("serviceAccountName", "default") in names["ServiceAccount"] | {"default"}
+        assert spec.get("priorityClassName") in names["PriorityClass"] | {None}
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("gpu")])
+def test_a_gpu_is_asked_for_once_and_whole(overlay):
+    objects = render(overlay)
+    resources = replica(objects)["resources"]
+    asked = {name: count for name, count in resources["requests"].items() if name.startswith("nvidia.com/")}
+    given = {name: count for name, count in resources["limits"].items() if name.startswith("nvidia.com/")}
+    assert asked == given and list(asked.values()) == ["1"]
+    assert ("mig" in next(iter(asked))) == overlay.endswith("-mig")
+    spec = pod(only(objects, "Deployment"))
+    assert any(toleration["key"] == "nvidia.com/gpu" for toleration in spec["tolerations"])
+    assert spec["runtimeClassName"] == "nvidia" and spec["nodeSelector"]
+    # A surge needs a GPU that is not there.
+    assert only(objects, "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    shared = next(volume for volume in spec["volumes"] if volume["name"] == "shared-memory")
+    assert shared["emptyDir"]["medium"] == "Memory" and shared["emptyDir"]["sizeLimit"]
+
+
+@pytest.mark.parametrize(("place", "scaled"), scaled_objects(), ids=lambda value: value if isinstance(value, str) else "")
+def test_scaled_objects_avoid_the_traps(place, scaled):
+    spec = scaled["spec"]
+    assert 1 <= spec["minReplicaCount"] < spec["maxReplicaCount"], "no trigger here lives on at zero"
+    assert spec["fallback"]["replicas"] >= 2, "without data the fleet must not shrink to the minimum"
+    uses_formula = "scalingModifiers" in spec.get("advanced", {})
+    for trigger in spec["triggers"]:
+        metadata = trigger["metadata"]
+        assert trigger.get("metricType", "AverageValue") == "AverageValue"
+        assert metadata["ignoreNullValues"] == "false", "no data would be taken for 0"
+        assert "metricName" not in metadata, "gone since 2.12, and ignored without a word"
+        host = urlparse(metadata["serverAddress"]).hostname
+        assert host.endswith(".svc"), f"{host}: KEDA asks from its own namespace"
+        assert float(metadata["threshold"]) > 0
+        if metadata["serverAddress"].startswith("https:"):
+            assert "authModes" in metadata, "the authority would be ignored"
+        name = trigger.get("name", "")
+        assert isinstance(name, str) and yaml.safe_load(name or "x") not in (True, False), "a boolean in YAML"
+        assert not uses_formula or re.search(rf"\b{name}\b", spec["advanced"]["scalingModifiers"]["formula"])
+
+
+def test_broken_ones_say_so():
+    broken = [path for path in KEDA_FILES if path.parent.name == "broken"]
+    assert len(broken) >= 3
+    for path in broken:
+        assert path.read_text().startswith("# BROKEN: "), path.name
+        for scaled in read(path):
+            assert scaled["metadata"]["annotations"]["servelab.dev/broken"]
+            assert scaled["metadata"]["name"] == path.stem, "not the name of one that works"
+
+
+def stages() -> dict[str, list[str]]:
+    """The Dockerfile's instructions by stage."""
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    found, name = {}, None
+    for line in text.splitlines():
+        if match := re.fullmatch(r"FROM (\S+) AS (\S+)", line):
+            name = match[2]
+            found[name] = []
+        if name and line and not line.startswith("#"):
+            found[name].append(line)
+    return found
+
+
+def test_images_have_a_stage_that_runs_without_rights():
+    built = stages()
+    images = {replica(render(overlay))["image"] for overlay in OVERLAYS}
+    assert images == {"servelab:cpu", "servelab:cuda"}
+    for tag in (image.split(":")[1] for image in images):
+        lines = built[tag]
+        user = [line.split()[1] for line in lines if line.startswith("USER ")]
+        assert user == ["65532:65532"], "a number, or runAsNonRoot cannot be checked"
+        assert "devel" not in lines[0] and any(line.startswith("ENTRYPOINT [") for line in lines)
+    assert list(built)[-1] == "cpu", "what is built without --target"
+
+
+def test_compose_mounts_what_is_there_and_waits_for_the_drain():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    replicas = [service for name, service in compose["services"].items() if name.startswith("replica-")]
+    assert len(replicas) == 2
+    for service in replicas:
+        command = service["command"]
+        drain = seconds(command[command.index("--drain-timeout") + 1])
+        assert seconds(service["stop_grace_period"]) > drain + AFTER_DRAIN_SECONDS
+        assert service["image"] == "servelab:cpu"
+    for service in compose["services"].values():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            there = (DEPLOY / source).exists() if source.startswith(".") else source in compose["volumes"]
+            assert there, source
+    build = replicas[0]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).exists() and build["target"] in stages()
+
+
+def test_the_same_provisioning_in_compose_and_cluster():
+    for name in ("datasources.yaml", "dashboards.yaml"):
+        assert read(DEPLOY / "grafana" / name) == read(KUSTOMIZE / "components/monitoring" / name)
+
+
+def test_every_dashboard_and_rule_reaches_the_cluster():
+    listed = yaml.safe_load((REPOSITORY / "dashboards/kustomization.yaml").read_text())["configMapGenerator"]
+    files = {file for generator in listed for file in generator["files"]}
+    dashboards = REPOSITORY / "dashboards"
+    assert files == {str(p.relative_to(dashboards)) for p in [*dashboards.glob("*.json"), *dashboards.glob("rules/*.yaml")]}
