@@ -18,6 +18,8 @@ mod bench_live;
 mod bench_loads;
 /// The command line: settings, the configuration file, exit codes, logs, the address taken.
 mod command_line;
+/// Settings and commands of deploy/.
+mod deploy;
 /// The same answer alone, among others, with a warm cache, after a preemption.
 mod determinism;
 /// A client that goes away frees its blocks.
@@ -30,6 +32,8 @@ mod errors;
 mod limits;
 /// Every metric of the table moves when it should.
 mod metrics;
+/// Dashboards, rules and triggers against a real Prometheus.
+mod observability;
 /// Clients that misbehave hurt nobody else; memory stays flat.
 mod robustness;
 /// Streams carry the same answer, piece by piece.

@@ -1,0 +1,69 @@
+//! What deploy/ tells the binary to do, done by the binary. The manifests around it are checked by tests/deploy.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::util::{Server, run, servelab};
+
+fn deploy() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy"))
+}
+
+fn config(folder: &str) -> String {
+    let path = deploy().join("kustomize").join(folder).join("servelab.toml");
+    path.to_str().unwrap().to_owned()
+}
+
+fn compose() -> Value {
+    let path = deploy().join("compose.yaml");
+    serde_saphyr::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// A command of the compose file with this machine's address in place of the container's.
+fn command(value: &Value, replaced: &[(&str, &str)]) -> Vec<String> {
+    let words = value.as_array().unwrap().iter().map(|word| word.as_str().unwrap());
+    let replace = |word: &str| {
+        let found = replaced.iter().find(|(old, _)| *old == word);
+        found.map_or(word, |(_, new)| new).to_owned()
+    };
+    words.map(replace).collect()
+}
+
+#[tokio::test]
+async fn a_replica_starts_with_the_settings_of_base_and_laptop() {
+    for folder in ["base", "overlays/local"] {
+        let server = Server::start(&["--config", &config(folder), "--host", "127.0.0.1"]).await;
+        assert_eq!(server.get("/ready").await.0, 200);
+        assert!(!server.complete("Hello", 2).await.is_empty());
+    }
+}
+
+/// Where there is no GPU and no weights, the settings are read all the same, and the folder is what is missed.
+#[test]
+fn the_settings_of_the_gpu_are_understood() {
+    let path = config("overlays/gpu");
+    let (code, _, errors) = run(servelab(&["serve", "--port", "0", "--device", "cpu", "--config", &path]));
+    assert_ne!(code, 0);
+    assert!(errors.contains("/models/current"), "{errors}");
+    assert!(!errors.contains("servelab.toml"), "{errors}");
+}
+
+#[tokio::test]
+async fn the_commands_of_the_compose_file_work_together() {
+    let compose = compose();
+    let serve = command(&compose["x-replica"]["command"], &[("0.0.0.0", "127.0.0.1")]);
+    assert_eq!(serve[0], "serve");
+    let flags: Vec<&str> = serve[1..].iter().map(String::as_str).collect();
+    let server = Server::start(&flags).await;
+    let short = [("http://replica-1:8000", server.base.as_str()), ("60s", "1s")];
+    let load = command(&compose["services"]["load"]["command"], &short);
+    assert!(load.contains(&server.base) && load.contains(&"1s".to_owned()), "{load:?}");
+    let arguments: Vec<String> = load.into_iter().chain(["--quiet".to_owned()]).collect();
+    let (code, out, errors) = tokio::task::spawn_blocking(move || {
+        run(servelab(&arguments.iter().map(String::as_str).collect::<Vec<_>>()))
+    })
+    .await
+    .unwrap();
+    assert_eq!(code, 0, "{out}\n{errors}");
+}

@@ -1,0 +1,197 @@
+//! A real Prometheus with the shipped configuration, and its API in a few words.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::util::{PATIENCE, Server};
+
+/// The replicas that the shipped configuration names.
+const SHIPPED_TARGETS: [&str; 2] = ["replica-1:8000", "replica-2:8000"];
+
+pub fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+pub fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Whether the tools of Debian's package `prometheus` are here. In CI they must be.
+pub fn is_missing(tool: &str) -> bool {
+    let found = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
+    if found {
+        return false;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{tool} is not installed, and CI has to have it");
+    let line = "SKIPPED a test against Prometheus: install prometheus and promtool (Debian: prometheus)\n";
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+    true
+}
+
+/// Runs promtool in a folder of the repository; its output, and whether it was content.
+pub fn promtool(folder: &Path, arguments: &[&str], input: &str) -> (bool, String) {
+    let mut command = Command::new("promtool");
+    command.current_dir(folder).args(arguments);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let both = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(both).unwrap())
+}
+
+/// The files of a folder of the repository with this ending, in order.
+pub fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(repository().join(folder)).unwrap_or_else(|error| panic!("{folder}: {error}"));
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let mut found: Vec<PathBuf> =
+        paths.filter(|path| path.extension().is_some_and(|e| e == ending)).collect();
+    assert!(!found.is_empty(), "{folder} has no .{ending}");
+    found.sort();
+    found
+}
+
+/// A shipped configuration with the rules where they are here. Debian's promtool is built without the discovery of
+/// Kubernetes' pods, so that part is left out; what is made of the pods' labels stays.
+pub fn configuration(path: &str) -> String {
+    let mut shipped = read(repository().join(path));
+    if let Some(start) = shipped.find("    kubernetes_sd_configs:") {
+        let end = shipped.find("    relabel_configs:").unwrap();
+        shipped.replace_range(start..end, "    static_configs: []\n");
+    }
+    let rules = repository().canonicalize().unwrap().join("dashboards/rules");
+    replace(&shipped, "/etc/prometheus/rules", rules.to_str().unwrap())
+}
+
+fn replace(text: &str, old: &str, new: &str) -> String {
+    assert!(text.contains(old), "{old} is not in the configuration");
+    text.replace(old, new)
+}
+
+/// A Prometheus that runs. Killed when it goes out of scope.
+pub struct Prometheus {
+    child: Child,
+    base: String,
+    client: reqwest::Client,
+    _folder: TempDir,
+}
+
+impl Prometheus {
+    /// Starts it with the shipped configuration, these replicas for targets, and all intervals at one second.
+    pub fn start(replicas: [&Server; 2]) -> Self {
+        let folder = TempDir::new().unwrap();
+        let rules = folder.path().join("rules");
+        fs::create_dir(&rules).unwrap();
+        for path in files("dashboards/rules", "yaml") {
+            let text = in_seconds(&read(&path));
+            fs::write(rules.join(path.file_name().unwrap()), text).unwrap();
+        }
+        let shipped = in_seconds(&read(repository().join("deploy/compose/prometheus.yml")));
+        let mut config = replace(&shipped, "/etc/prometheus/rules", rules.to_str().unwrap());
+        for (name, replica) in SHIPPED_TARGETS.iter().zip(replicas) {
+            config = replace(&config, name, replica.address());
+        }
+        fs::write(folder.path().join("prometheus.yml"), config).unwrap();
+        Self::spawn(folder)
+    }
+
+    fn spawn(folder: TempDir) -> Self {
+        let mut child = Command::new("prometheus")
+            .current_dir(folder.path())
+            .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data"])
+            .arg("--web.listen-address=127.0.0.1:0")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let (send, receive) = mpsc::channel();
+        // Reads to the end, so that Prometheus never meets a full or closed pipe.
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if line.contains("Listening on") {
+                    let _ = send.send(line.rsplit_once("address=").unwrap().1.to_owned());
+                }
+            }
+        });
+        let address = receive.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            let _ = child.kill();
+            panic!("Prometheus does not say where it listens")
+        });
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
+        Self { child, base: format!("http://{address}"), client, _folder: folder }
+    }
+
+    /// The data of an answer.
+    ///
+    /// # Panics
+    /// With Prometheus' words where it refuses the question.
+    async fn ask(&self, path: &str, parameters: &[(&str, &str)]) -> Value {
+        let url = reqwest::Url::parse_with_params(&format!("{}{path}", self.base), parameters).unwrap();
+        let start = Instant::now();
+        loop {
+            let answer = self.client.get(url.clone()).send().await.unwrap();
+            // It listens before it has read its database.
+            if answer.status() == 503 && start.elapsed() < PATIENCE {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+            let mut body: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+            assert_eq!(body["status"], "success", "{parameters:?}: {}", body["error"]);
+            return body["data"].take();
+        }
+    }
+
+    /// The elements that an expression has now, NaN among them.
+    pub async fn query(&self, expression: &str) -> Vec<Value> {
+        let mut data = self.ask("/api/v1/query", &[("query", expression)]).await;
+        match data["resultType"].as_str().unwrap() {
+            "vector" => serde_json::from_value(data["result"].take()).unwrap(),
+            kind => panic!("{expression} is no vector but {kind}"),
+        }
+    }
+
+    /// The elements that an expression had before anything was scraped, as with no replica at all.
+    pub async fn query_before_anything(&self, expression: &str) -> Vec<Value> {
+        let data = self.ask("/api/v1/query", &[("query", expression), ("time", "1000")]).await;
+        data["result"].as_array().unwrap().clone()
+    }
+
+    /// The values that a label has among the series of a selector.
+    pub async fn label_values(&self, selector: &str, label: &str) -> Vec<Value> {
+        let path = format!("/api/v1/label/{label}/values");
+        self.ask(&path, &[("match[]", selector)]).await.as_array().unwrap().clone()
+    }
+
+    /// Every rule, as Prometheus read it.
+    pub async fn rules(&self) -> Vec<Value> {
+        let data = self.ask("/api/v1/rules", &[]).await;
+        let groups = data["groups"].as_array().unwrap();
+        groups.iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// With every interval at one second: a test has no time to wait.
+fn in_seconds(text: &str) -> String {
+    let line = |line: &str| match line.split_once("interval: ") {
+        Some((before, _)) => format!("{before}interval: 1s\n"),
+        None => format!("{line}\n"),
+    };
+    text.lines().map(line).collect()
+}
