@@ -49,7 +49,7 @@ test-openai:
 test-deploy:
     {{ python }} -m pytest -q -p no:cacheprovider tests/deploy
 
-# Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler, in 2 minutes. Needs no GPU, but
+# Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler, in a minute. Needs no GPU, but
 # the packages of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every combination.
 kernels:
     SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \

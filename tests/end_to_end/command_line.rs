@@ -47,6 +47,22 @@ fn a_gpu_that_is_not_there_is_missed_only_if_it_was_asked_for() {
 }
 
 #[test]
+fn formats_that_only_a_gpu_has_are_refused_without_one() {
+    if std::path::Path::new("/dev/nvidiactl").exists() {
+        return;
+    }
+    for (flag, format) in [("--dtype", "fp8"), ("--kv-dtype", "fp8"), ("--kv-dtype", "f16")] {
+        let (code, _, message) =
+            run(servelab(&["serve", "--port", "0", "--log-level", "error", flag, format]));
+        assert_eq!(code, 1, "{message}");
+        assert!(
+            message.contains(format) && message.contains("GPU") && message.lines().count() == 1,
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn settings_that_cannot_work_end_with_2_and_one_line() {
     let config = file("port = 0\nmax-runing = 4\n");
     let (code, message) = complaint(&["--config", config.path().to_str().unwrap()]);

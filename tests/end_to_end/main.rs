@@ -24,6 +24,8 @@ mod deploy;
 mod determinism;
 /// A client that goes away frees its blocks.
 mod disconnect;
+/// What the doctor shows, and its exit codes.
+mod doctor;
 /// SIGTERM: running requests finish, the rest are told, exit 0.
 mod drain;
 /// What is refused, and in which words.

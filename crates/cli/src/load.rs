@@ -135,13 +135,28 @@ fn on_device(
 ) -> Result<OnDevice, LoadError> {
     let Device::Cuda(gpu) = &chosen.device else { return on_cpu(prepared, model, engine) };
     let options = gpu_options(engine, model, prepared.config())?;
+    let only_gpu = engine.gpu.fp8_weights || engine.gpu.fp8_kv;
     match prepared.cuda_options(&**gpu, &options) {
         // A GPU that was not asked for is no reason to refuse a model that the CPU can compute.
-        Err(error) if chosen.may_change => {
+        Err(error) if chosen.may_change && !only_gpu => {
             tracing::info!("device cpu: {error}");
             on_cpu(prepared, model, engine)
         }
-        _ => on_gpu(prepared, model, engine, gpu, &options),
+        Err(error) => Err(LoadError(error.to_string())),
+        Ok(cuda) => {
+            check_kv_dtype(engine.gpu.kv_dtype, cuda.element.dtype().name())?;
+            on_gpu(prepared, model, engine, gpu, &options)
+        }
+    }
+}
+
+/// On a GPU keys and values have the weights' format, or 8 bits.
+fn check_kv_dtype(asked: Option<&str>, weights: &str) -> Result<(), LoadError> {
+    match asked.filter(|asked| *asked != weights) {
+        Some(asked) => Err(LoadError(format!(
+            "--kv-dtype {asked} does not go with {weights} weights on a GPU, where it is {weights} or fp8; leave it out"
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -150,6 +165,12 @@ fn on_cpu(prepared: Prepared, model: &ModelSettings, engine: &EngineSettings) ->
         return Err(LoadError(
             "fp8 weights and KV caches need a GPU; leave --dtype and --kv-dtype out".into(),
         ));
+    }
+    if engine.gpu.kv_dtype == Some("f16") {
+        return Err(LoadError("--kv-dtype f16 needs a GPU; on the CPU it is f32 or bf16".into()));
+    }
+    for name in &engine.gpu.given {
+        tracing::warn!("--{name} is for GPUs and changes nothing on the CPU");
     }
     let plan = sizes(&prepared, model, engine)?;
     for note in &plan.notes {

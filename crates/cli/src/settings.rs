@@ -110,6 +110,10 @@ pub struct GpuSettings {
     pub fp8_weights: bool,
     /// Default off.
     pub fp8_kv: bool,
+    /// The format of keys and values that was asked for, if it has 16 bits or more: it has to be the weights'.
+    pub kv_dtype: Option<&'static str>,
+    /// Settings that were given and mean nothing on a CPU, should the model be computed there.
+    pub given: Vec<&'static str>,
     /// In tokens; at least `max_running`. Default 2048.
     pub max_batched_tokens: u32,
     /// Sequences. Default 256.
@@ -342,6 +346,13 @@ impl GpuSettings {
             },
             fp8_weights: typed.dtype == Some(args::Dtype::Fp8),
             fp8_kv: typed.kv_dtype == Some(args::KvDtype::Fp8),
+            kv_dtype: match typed.kv_dtype {
+                Some(args::KvDtype::F32) => Some("f32"),
+                Some(args::KvDtype::F16) => Some("f16"),
+                Some(args::KvDtype::Bf16) => Some("bf16"),
+                Some(args::KvDtype::Auto | args::KvDtype::Fp8) | None => None,
+            },
+            given: of_gpu_alone(typed).into_iter().filter_map(|(name, value)| value.map(|_| name)).collect(),
             max_batched_tokens,
             max_running,
         })
@@ -351,35 +362,43 @@ impl GpuSettings {
 /// A setting that the device has no use for would be ignored.
 fn refuse_other_device(typed: &Typed, device: DeviceChoice) -> Result<(), SettingsError> {
     let of_gpu = || {
-        [
-            ("gpu-memory-utilization", typed.gpu_memory_utilization.map(|share| share.to_string())),
-            ("cuda-lib-dir", typed.cuda_lib_dir.as_ref().map(|folder| folder.display().to_string())),
-            ("no-cuda-graphs", typed.no_cuda_graphs.map(|off| off.to_string())),
-            ("no-overlap", typed.no_overlap.map(|off| off.to_string())),
+        let formats = [
             ("dtype", (typed.dtype == Some(args::Dtype::Fp8)).then(|| "fp8".to_owned())),
             ("kv-dtype", narrow_kv(typed).map(str::to_owned)),
-        ]
+        ];
+        of_gpu_alone(typed).into_iter().chain(formats).collect()
     };
     let of_cpu = || {
-        [
+        vec![
             ("threads", typed.threads.map(|threads| threads.to_string())),
             ("kv-dtype", (typed.kv_dtype == Some(args::KvDtype::F32)).then(|| "f32".to_owned())),
             ("dtype", (typed.dtype == Some(args::Dtype::F32)).then(|| "f32".to_owned())),
             ("engine", (typed.engine == Some(args::Engine::Naive)).then(|| "naive".to_owned())),
         ]
     };
-    let given = |list: &[(&'static str, Option<String>)]| {
-        list.iter().find_map(|(name, value)| Some((*name, value.clone()?)))
-    };
+    let given = |list: Vec<Given>| list.into_iter().find_map(|(name, value)| Some((name, value?)));
     let (found, device, reason) = match device {
         DeviceChoice::Auto => return Ok(()),
-        DeviceChoice::Cpu => (given(&of_gpu()), "cpu", "it is for GPUs"),
-        DeviceChoice::Cuda => (given(&of_cpu()), "cuda", "it is for the CPU"),
+        DeviceChoice::Cpu => (given(of_gpu()), "cpu", "it is for GPUs"),
+        DeviceChoice::Cuda => (given(of_cpu()), "cuda", "it is for the CPU"),
     };
     match found {
         Some((name, value)) => Err(SettingsError::OtherDevice { name, value, device, reason }),
         None => Ok(()),
     }
+}
+
+/// A setting's name, and its value if it was given.
+type Given = (&'static str, Option<String>);
+
+/// The settings that say how a GPU is used.
+fn of_gpu_alone(typed: &Typed) -> Vec<Given> {
+    vec![
+        ("gpu-memory-utilization", typed.gpu_memory_utilization.map(|share| share.to_string())),
+        ("cuda-lib-dir", typed.cuda_lib_dir.as_ref().map(|folder| folder.display().to_string())),
+        ("no-cuda-graphs", typed.no_cuda_graphs.map(|off| off.to_string())),
+        ("no-overlap", typed.no_overlap.map(|off| off.to_string())),
+    ]
 }
 
 /// The formats of keys and values that only a GPU has.
@@ -570,6 +589,7 @@ mod tests {
         let gpu = engine.unwrap().engine.gpu;
         assert_eq!((gpu.max_batched_tokens, gpu.max_running, gpu.pool), (2048, 8, PoolSize::Blocks(100)));
         assert_eq!((gpu.ways, gpu.fp8_weights), (Ways { graphs: true, overlap: false }, true));
+        assert_eq!((gpu.given, gpu.kv_dtype), (vec!["no-overlap"], None));
         assert!(refusal(|typed| typed.gpu_memory_utilization = Some(1.5)).contains("from 0.1 to 1"));
         assert!(refusal(|typed| typed.gpu_memory_utilization = Some(f64::NAN)).contains("from 0.1 to 1"));
     }
