@@ -65,6 +65,11 @@ offline() {
 run_doctor() {
     say "doctor: limits, kernels, a small model"
     "$binary" doctor --json "${doctor_flags[@]}" > "$out/doctor.json" || failed="$failed doctor"
+    if [ "$device" = cuda ] && grep -q '"gpu": null' "$out/doctor.json"; then
+        grep '"no_gpu"' "$out/doctor.json" >&2
+        echo "run.sh: there is no GPU to measure" >&2
+        exit 1
+    fi
 }
 
 # One wave of as many requests as there are clients: after the last prompt every step decodes the whole batch, which
