@@ -1,5 +1,5 @@
 
-// Of the ledger: show the claims that stand in one way, and open all of them.
+// Of the ledger: show the claims that stand in one way, and unfold all of them.
 (() => {
   "use strict";
   const claims = Array.from(document.querySelectorAll("details.claim"));
@@ -27,7 +27,7 @@
 
   function open(all) {
     for (const claim of claims) claim.open = all;
-    unfold.textContent = all ? "close all" : "open all";
+    unfold.textContent = all ? "fold all" : "unfold all";
   }
 
   for (const button of choose.querySelectorAll("[data-show]")) {

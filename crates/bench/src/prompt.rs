@@ -135,7 +135,8 @@ impl Writer {
         }
     }
 
-    fn fields(&self, output_tokens: u32) -> Map<String, Value> {
+    /// All of a body but what is asked.
+    pub(crate) fn fields(&self, output_tokens: u32) -> Map<String, Value> {
         let mut body = Map::new();
         body.insert("model".into(), json!(self.model));
         body.insert("max_tokens".into(), json!(output_tokens));

@@ -70,6 +70,24 @@ pub fn interval(repeats: &[f64]) -> Option<Interval> {
     Some(Interval { mean, half_width, repeats: count as u32 })
 }
 
+/// The 95 % interval of the median of what the ascending `sorted` were drawn from, whatever its distribution; `None`
+/// for fewer than six. Each value is below that median like a coin shows heads, so that binomial probabilities tell
+/// which two values of the sample enclose it (David and Nagaraja, "Order Statistics", 7.1).
+pub fn median_interval(sorted: &[f64]) -> Option<(f64, f64)> {
+    let count = sorted.len();
+    // Of so many heads, and of at most so many.
+    let (mut exactly, mut at_most, mut heads) = (0.5_f64.powi(count as i32), 0.0, 0);
+    while heads < count / 2 {
+        at_most += exactly;
+        if at_most > 0.025 {
+            break;
+        }
+        exactly *= (count - heads) as f64 / (heads + 1) as f64;
+        heads += 1;
+    }
+    (heads > 0).then(|| (sorted[heads - 1], sorted[count - heads]))
+}
+
 /// 97.5th percentile of Student's t distribution.
 pub(crate) fn student_t(degrees_of_freedom: usize) -> f64 {
     const TABLE: [f64; 30] = [
@@ -110,6 +128,14 @@ mod tests {
     }
 
     /// The textbook's: for 4, 5 and 6 the mean is 5 and the half width 4.303 / sqrt(3).
+    /// Table of the ranks: 1 and 6 of 6, 4 and 12 of 15, 40 and 61 of 100.
+    #[test]
+    fn the_median_lies_between_two_ranks() {
+        let ranks = |count: u32| median_interval(&(1..=count).map(f64::from).collect::<Vec<_>>());
+        assert_eq!([0, 1, 5].map(ranks), [None; 3]);
+        assert_eq!([6, 15, 100].map(ranks), [Some((1.0, 6.0)), Some((4.0, 12.0)), Some((40.0, 61.0))]);
+    }
+
     #[test]
     fn the_interval_is_students() {
         let interval = interval(&[4.0, 5.0, 6.0]).unwrap();

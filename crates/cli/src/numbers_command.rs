@@ -196,10 +196,11 @@ fn show(args: &ShowArgs, out: &mut impl Write) -> Result<(), Error> {
     let stored = store::read(&path)?;
     if let Some(first) = stored.skipped.first() {
         let count = stored.skipped.len();
+        let lines = if count == 1 { "line" } else { "lines" };
         // Standard error may be closed.
         let _ = writeln!(
             std::io::stderr(),
-            "servelab: {count} lines of {} are no measurement of this version, the first is line {first}",
+            "servelab: skipped {count} {lines} of {}: no measurement of this version; the first is line {first}",
             path.display()
         );
     }

@@ -2,9 +2,9 @@
 
 use servelab_sim::ModelShape;
 use servelab_sim::formulas::{
-    DecodeBatch, DecodeModel, Gpus, PromptAttention, asymptotic_tokens_per_second,
-    causal_attention_gpu_seconds, decode_compute_seconds, decode_tokens_per_second, half_batch,
-    prefill_gpu_seconds_per_token,
+    DecodeBatch, DecodeModel, Gpus, PromptAttention, RequestCost, asymptotic_tokens_per_second,
+    causal_attention_gpu_seconds, decode_compute_seconds, decode_tokens_per_second, gpu_seconds_per_request,
+    half_batch, prefill_gpu_seconds_per_token,
 };
 use servelab_sim::numbers::{bytes, grouped, short};
 
@@ -48,6 +48,18 @@ impl Curve {
             if self.tokens_per_second(middle) < half { low = middle } else { high = middle }
         }
         high
+    }
+
+    /// F6 turned around: output tokens a second of requests that follow one another in a batch of `sequences`,
+    /// when the prefill of each takes the whole machine for `prefill_seconds`.
+    pub fn output_rate(self, sequences: u32, prefill_seconds: f64, output_tokens: u32) -> f64 {
+        let cost = RequestCost {
+            prefill_floor_gpu_seconds: prefill_seconds,
+            mfu: 1.0,
+            output_tokens: f64::from(output_tokens),
+            decode_tokens_per_second_per_gpu: self.tokens_per_second(f64::from(sequences)),
+        };
+        f64::from(output_tokens) / gpu_seconds_per_request(cost)
     }
 
     /// Where [`Curve::half_batch`] comes from.
@@ -120,6 +132,15 @@ mod tests {
         let curve = curve(2250.0, 989e12);
         assert!((curve.half_batch() - 15e9 / (2250.0 * 131_072.0)).abs() < 1e-6);
         assert!(!curve.because().contains("arithmetic"));
+    }
+
+    /// Where the prefill of a request takes as long as its decoding, half of the output is left.
+    #[test]
+    fn prefill_takes_its_share_of_the_output() {
+        let curve = curve(2250.0, 989e12);
+        let decoding = 100.0 / curve.tokens_per_second(64.0);
+        assert!((curve.output_rate(64, 0.0, 100) / curve.tokens_per_second(64.0) - 1.0).abs() < 1e-9);
+        assert!((curve.output_rate(64, decoding, 100) / curve.tokens_per_second(64.0) - 0.5).abs() < 1e-9);
     }
 
     /// 15 GB read in 4.48 ms, 15 GFLOP a sequence at 100 TFLOP/s: at most 6,667 tok/s, half of it at 3,333, which

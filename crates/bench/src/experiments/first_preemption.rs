@@ -26,13 +26,20 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
     let pool_bytes = (REQUESTS * tokens * kv).round();
     let (memory, running) = (format!("{pool_bytes:.0}"), MAX_RUNNING.to_string());
     lab.replica(&["--kv-memory", &memory, "--max-running", &running]).await?;
+    let capacity = batch_capacity(pool_bytes, tokens, kv);
     let said = lab.predict(
         "capacity_requests",
         format!("requests of {} tokens in {} of KV", grouped(tokens), bytes(pool_bytes)),
         Unit::Requests,
         PredictionKind::Equal,
-        batch_capacity(pool_bytes, tokens, kv),
-        format!("F4: {} / ({} x {} B)", bytes(pool_bytes), grouped(tokens), grouped(kv)),
+        capacity.floor(),
+        format!(
+            "F4: {} / ({} x {} B) = {}, of which the whole ones run",
+            bytes(pool_bytes),
+            grouped(tokens),
+            grouped(kv),
+            short(capacity)
+        ),
     );
     let most = search(lab, shape).await?;
     let state = lab.running()?.state().await?;
@@ -43,8 +50,8 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
         "{} requests met the first preemption; whole blocks of {block_size} tokens are {} slots a request, of which \
          {} fit",
         most + 1,
-        short(blocks * block_size),
-        short((f64::from(state.blocks.total) / blocks).floor())
+        grouped(blocks * block_size),
+        grouped((f64::from(state.blocks.total) / blocks).floor())
     );
     lab.found(said, f64::from(most), None, Some(note));
     Ok(())
@@ -64,8 +71,8 @@ async fn search(lab: &mut Lab<'_>, shape: Shape) -> Result<u32, ExperimentError>
 }
 
 async fn preempted(lab: &mut Lab<'_>, shape: Shape, count: u32) -> Result<bool, ExperimentError> {
-    lab.progress(&format!("{count} requests at once"));
+    lab.progress(&format!("{count} sequences at once"));
     let before = lab.running()?.state().await?.preemptions;
-    lab.together(count, shape).await?;
+    lab.in_one_request(count, shape).await?;
     Ok(lab.running()?.state().await?.preemptions > before)
 }

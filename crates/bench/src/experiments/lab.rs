@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 use servelab_sim::formulas::{DecodeModel, Gpus};
 use servelab_sim::{HardwareProfile, ModelShape};
 use tokio_util::sync::CancellationToken;
@@ -66,6 +66,8 @@ pub struct Lab<'a> {
 pub struct Pace {
     /// Between two tokens.
     pub step_seconds: f64,
+    /// By how much a step takes longer for each further sequence in it.
+    pub step_more_seconds: f64,
     /// Of a first token, besides what grows with the prompt.
     pub overhead_seconds: f64,
     /// Of short prompts, the mean.
@@ -199,6 +201,8 @@ impl<'a> Lab<'a> {
 
     fn writer(&self) -> Result<Writer, ExperimentError> {
         let pool = self.pool.clone().ok_or(ExperimentError::NotUnderstood("/tokenize"))?;
+        // An answer that is not ended may go on in special tokens; unseen, they could not be timed.
+        let extra_body = Map::from_iter([("skip_special_tokens".to_owned(), false.into())]);
         Ok(Writer {
             endpoint: Endpoint::Completions,
             model: self.model_name.clone(),
@@ -207,7 +211,7 @@ impl<'a> Lab<'a> {
             salt_text: None,
             ignore_eos: true,
             temperature: Some(0.0),
-            extra_body: Map::new(),
+            extra_body,
         })
     }
 
@@ -277,6 +281,26 @@ impl<'a> Lab<'a> {
         let measured = Extent::Requests(u64::from(count));
         let phases = PhasePlan { warm_up: Extent::Requests(0), measured, cool_down: false };
         Ok(self.load(load, phases, shape).await?.records)
+    }
+
+    /// Has the server take `count` sequences at the same moment, as the prompts of one request, and waits for all.
+    /// Requests of their own would come one after the other.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub async fn in_one_request(&mut self, count: u32, shape: Shape) -> Result<(), ExperimentError> {
+        let writer = self.writer()?;
+        let prompts: Vec<Value> =
+            (0..count).map(|_| writer.ids(&[self.fresh(shape.input_tokens)]).into()).collect();
+        let mut body = writer.fields(shape.output_tokens);
+        body.insert("prompt".to_owned(), prompts.into());
+        let outgoing = Outgoing {
+            endpoint: Endpoint::Completions,
+            body: Value::Object(body).to_string().into(),
+            output_tokens: count * shape.output_tokens,
+            keep_text: false,
+        };
+        self.ask(&outgoing).await.map(drop)
     }
 
     // ---- sizes ----

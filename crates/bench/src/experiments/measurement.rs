@@ -14,6 +14,9 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// A measurement may be beyond its limit by that much: peaks in data sheets are rounded.
 const TOLERANCE: f64 = 0.02;
 
+/// From here on a machine counts as busy.
+const BUSY_SHARE: f64 = 0.3;
+
 /// One experiment, carried out once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
@@ -43,9 +46,19 @@ pub struct Circumstances {
     /// Where the weights are from: `demo checkpoint`, `random weights`, or the checkpoint's name.
     pub weights: String,
     pub os: String,
+    /// How busy other programs kept each processor in the minute before; 1 is all of it. `None` where nobody tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_share: Option<f64>,
     pub tool_version: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_commit: Option<String>,
+}
+
+impl Circumstances {
+    /// Whether others took so much of the machine that times are too long.
+    pub fn is_busy(&self) -> bool {
+        self.busy_share.is_some_and(|share| share > BUSY_SHARE)
+    }
 }
 
 /// One number that was measured, beside what was expected of it.

@@ -1,9 +1,10 @@
-//! How fast a server is with one request alone.
+//! How fast a server is with one request alone, and what each further one costs it.
 
 use std::time::Duration;
 
 use super::ExperimentError;
-use super::lab::{Lab, Pace};
+use super::lab::{Lab, Pace, Shape};
+use super::window::steady;
 use crate::client::Observed;
 use crate::stats;
 
@@ -11,6 +12,10 @@ const REPEATS: u32 = 7;
 const SHORT_PROMPT: u32 = 32;
 const LONG_PROMPT: u32 = 256;
 const OUTPUT: u32 = 32;
+/// Sequences that decode together.
+const FEW: u32 = 4;
+const FEW_OUTPUT: u32 = 96;
+const FEW_REPEATS: u32 = 3;
 
 /// First tokens of short and of longer prompts, which lie on a line, and the gaps of an answer.
 pub async fn measure(lab: &mut Lab<'_>) -> Result<Pace, ExperimentError> {
@@ -38,10 +43,24 @@ pub async fn measure(lab: &mut Lab<'_>) -> Result<Pace, ExperimentError> {
     let more_floor = prefill.floor_seconds(0, long) - prefill.floor_seconds(0, SHORT_PROMPT);
     Ok(Pace {
         step_seconds: step,
+        step_more_seconds: ((few_step(lab).await? - step) / f64::from(FEW - 1)).max(0.0),
         overhead_seconds: (short - f64::from(SHORT_PROMPT) * per_token).max(0.0),
         prefill_seconds_per_token: per_token,
         mfu: more_floor / more_seconds,
     })
+}
+
+/// Seconds of a step of a few sequences.
+async fn few_step(lab: &mut Lab<'_>) -> Result<f64, ExperimentError> {
+    let output_tokens = FEW_OUTPUT.min(lab.max_model_len() - SHORT_PROMPT);
+    let mut steps = Vec::new();
+    for _ in 0..FEW_REPEATS {
+        let records = lab.together(FEW, Shape { input_tokens: SHORT_PROMPT, output_tokens }).await?;
+        let together = steady(&records)
+            .ok_or_else(|| ExperimentError::DoesNotStand(format!("{FEW} requests never decoded at once")))?;
+        steps.push(f64::from(FEW) / together.tokens_per_second);
+    }
+    Ok(median(&mut steps))
 }
 
 async fn answer(lab: &mut Lab<'_>, input: u32, output: u32) -> Result<Observed, ExperimentError> {

@@ -1,14 +1,14 @@
 //! TTFT of prompts whose first part is in the prefix cache, against that of the same lengths without, and F8.
 
-use servelab_sim::formulas::{PrefixHit, hit_ttft_ratio};
-use servelab_sim::numbers::{seconds, whole};
+use servelab_sim::numbers::seconds;
 
 use super::ExperimentError;
-use super::lab::{Lab, Pace};
+use super::lab::{Lab, Pace, Said};
 use super::measurement::{Interval, PredictionKind};
 use super::pace::{median, ttft};
 use crate::client::Observed;
 use crate::ledger::Unit;
+use crate::ledger::unit::percent;
 use crate::prompt::Segment;
 use crate::stats;
 
@@ -24,7 +24,7 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
         return Err(ExperimentError::ShortContext { max_model_len: lab.max_model_len(), wanted });
     }
     let pace = lab.pace().await?;
-    let said = predict(lab, pace);
+    let said = predict(lab, pace)?;
     let hit_said = Lab::unpredicted("hit_seconds", "TTFT of a hit", Unit::Seconds);
     let miss_said = Lab::unpredicted("miss_seconds", "TTFT of a miss", Unit::Seconds);
     let (mut hits, mut misses, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
@@ -37,37 +37,34 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
         hits.push(hit);
         misses.push(miss);
     }
-    let interval = stats::interval(&ratios).map(|found| Interval {
-        low: found.mean - found.half_width,
-        high: Some(found.mean + found.half_width),
-    });
-    let note = format!("median of {PAIRS} pairs; the interval is that of their mean");
-    lab.found(said, median(&mut ratios), interval, Some(note));
+    let ratio = median(&mut ratios);
+    let interval = stats::median_interval(&ratios).map(|(low, high)| Interval { low, high: Some(high) });
+    lab.found(said, ratio, interval, Some(format!("median of {PAIRS} pairs")));
     lab.found(miss_said, median(&mut misses), None, None);
     lab.found(hit_said, median(&mut hits), None, None);
     Ok(())
 }
 
-fn predict(lab: &mut Lab<'_>, pace: Pace) -> super::lab::Said {
+fn predict(lab: &mut Lab<'_>, pace: Pace) -> Result<Said, ExperimentError> {
     let total = CACHED_TOKENS + OWN_TOKENS;
-    let hit = PrefixHit {
-        overhead_seconds: pace.overhead_seconds,
-        uncached_tokens: f64::from(OWN_TOKENS),
-        total_tokens: f64::from(total),
-        prefill_seconds_per_token: pace.prefill_seconds_per_token,
-    };
-    let (overhead, token) = (seconds(pace.overhead_seconds), seconds(pace.prefill_seconds_per_token));
-    lab.predict(
+    let prefill = lab.prefill()?;
+    // F8 with the attention of F5: the tokens of a hit attend to those in the cache.
+    let ttft = |cached, uncached| pace.overhead_seconds + prefill.floor_seconds(cached, uncached) / pace.mfu;
+    let (hit, miss) = (ttft(CACHED_TOKENS, OWN_TOKENS), ttft(0, total));
+    Ok(lab.predict(
         "hit_ratio",
         format!("TTFT(hit) / TTFT(miss), {CACHED_TOKENS} of {total} tokens cached"),
         Unit::Factor,
         PredictionKind::Equal,
-        hit_ttft_ratio(hit),
+        hit / miss,
         format!(
-            "F8: ({overhead} + {OWN_TOKENS} x {token}) / ({overhead} + {} x {token}), with the pace of shorter prompts",
-            whole(u64::from(total))
+            "F8: {} / {}, each an overhead of {} and F5 with attention at an MFU of {}, as of short prompts",
+            seconds(hit),
+            seconds(miss),
+            seconds(pace.overhead_seconds),
+            percent(pace.mfu)
         ),
-    )
+    ))
 }
 
 /// Of the shared part and one of its own, of which the server says that it had so many.

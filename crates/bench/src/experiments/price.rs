@@ -17,14 +17,20 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
     let shape = shape(lab).await?;
     let context_tokens = f64::from(INPUT_TOKENS) + f64::from(shape.output_tokens) / 2.0;
     let curve = Curve { model: lab.decode_model(), gpus: lab.gpus()?, context_tokens };
-    let (hourly, limit) = (lab.subject.dollars_per_hour, curve.tokens_per_second(f64::from(CLIENTS)));
+    let prefill = lab.prefill()?.floor_seconds(0, INPUT_TOKENS);
+    let limit = curve.output_rate(CLIENTS, prefill, shape.output_tokens);
+    let hourly = lab.subject.dollars_per_hour;
     let said = lab.predict(
         "dollars_per_million_tokens",
         format!("output at {}/h, {CLIENTS} clients", dollars(hourly)),
         Unit::DollarsPerMillionTokens,
         PredictionKind::Floor,
         dollars_per_million_tokens(hourly, limit),
-        format!("F10: {} / ({} tok/s x 3600) x 1M, with F3 at B={CLIENTS}", dollars(hourly), short(limit)),
+        format!(
+            "F10: {} / ({} tok/s x 3600) x 1M, with F6 at every FLOP and F3 at B={CLIENTS}",
+            dollars(hourly),
+            short(limit)
+        ),
     );
     let rate = output_rate(lab, CLIENTS, shape).await?;
     let note = format!("at {} tok/s; the price of an hour is an assumption", short(rate));

@@ -16,6 +16,7 @@ use crate::client::{Client, Failure, Observed, Outgoing};
 use crate::ledger::Unit;
 use crate::ledger::unit::percent;
 use crate::live::Live;
+use crate::stats;
 
 const REPEATS: usize = 3;
 /// Budget of a step that cuts the prompt.
@@ -153,6 +154,7 @@ fn suffered(answer: &Observed, long: &Observed, probe: f64) -> Result<Suffered, 
     let (Some(mut at), Some(from), Some(until)) = (answer.first_token, long.sent, long.first_token) else {
         return Err(ExperimentError::DoesNotStand("an answer had no token".to_owned()));
     };
+    // Tokens may come in pairs, so that the mean tells more of single gaps than their median.
     let (mut gap, mut before) = (Duration::ZERO, Vec::new());
     for micros in &answer.gaps_micros {
         let this = Duration::from_micros(u64::from(*micros));
@@ -168,7 +170,7 @@ fn suffered(answer: &Observed, long: &Observed, probe: f64) -> Result<Suffered, 
             "the answer ended before the long prompt was computed".to_owned(),
         ));
     }
-    Ok(Suffered { gap: gap.as_secs_f64(), usual_gap: median(&mut before), probe })
+    Ok(Suffered { gap: gap.as_secs_f64(), usual_gap: stats::mean(&before), probe })
 }
 
 #[cfg(test)]

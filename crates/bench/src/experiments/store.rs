@@ -118,6 +118,7 @@ mod tests {
                 model: Ledger::load().unwrap().models["llama-3.1-8b"].clone(),
                 weights: "random weights".into(),
                 os: "linux".into(),
+                busy_share: Some(0.5),
                 tool_version: "0.1.0".into(),
                 tool_commit: None,
             },

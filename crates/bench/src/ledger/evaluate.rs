@@ -233,7 +233,11 @@ impl Inputs<'_> {
             value: all as f64,
             unit: Unit::Gpus,
             formula: "F4",
-            at: format!("{} in memory at once, {}", plural(requests, "request"), tp(replica.gpus.count)),
+            at: format!(
+                "{} in memory at once, {}",
+                plural(requests, "request"),
+                replicas(replica.gpus.count)
+            ),
             general: "requests / B_cap x TP, with the TP that needs the fewest",
             substituted: format!(
                 "{} / {} of {} tokens x {}",
@@ -258,7 +262,7 @@ impl Inputs<'_> {
             at: format!(
                 "prompts of {} tokens counted, {}",
                 grouped(assumptions.input_tokens as f64),
-                tp(plan.memory.gpus_per_replica)
+                replicas(plan.memory.gpus_per_replica)
             ),
             general: "peak requests/s x GPU-seconds of a request x headroom, as servelab plan",
             substituted: format!(
@@ -288,6 +292,10 @@ fn fewest_gpus(shape: &ModelShape, hardware: &HardwareProfile) -> Result<u32, Ev
 
 fn tp(gpus: u32) -> String {
     if gpus == 1 { "one GPU".to_owned() } else { format!("TP{gpus}") }
+}
+
+fn replicas(gpus: u32) -> String {
+    format!("replicas of {}", plural(u64::from(gpus), "GPU"))
 }
 
 /// A model.

@@ -8,6 +8,7 @@ use super::lines::{not_measured, summary};
 use super::plot;
 use super::row::Standing;
 use super::view::{FigureView, LedgerView, MeasuredView, RowView};
+use crate::experiments::Finding;
 use crate::report::html::render;
 use crate::report::plot::Key;
 
@@ -23,6 +24,7 @@ pub fn page(view: &LedgerView) -> Result<String, Error> {
     let page = Page {
         model: &view.model,
         hardware: &view.hardware,
+        limits_of: view.limits_of(),
         summary: summary(view),
         counts: view.counts().into_iter().filter(|(_, count)| *count > 0).map(Count::new).collect(),
         claims: claims(view),
@@ -36,6 +38,7 @@ pub fn page(view: &LedgerView) -> Result<String, Error> {
 struct Page<'a> {
     model: &'a str,
     hardware: &'a str,
+    limits_of: String,
     summary: String,
     counts: Vec<Count>,
     claims: Vec<Claim<'a>>,
@@ -73,6 +76,8 @@ struct Claim<'a> {
     /// Of the closed row: the first limit and the first finding.
     limit_text: String,
     measured_text: String,
+    /// How that compares, and where it was.
+    measured_more: Option<String>,
     not_measured: String,
     published_words: Vec<&'static str>,
     places: Vec<Place<'a>>,
@@ -91,7 +96,12 @@ fn claims(view: &LedgerView) -> Vec<Claim<'_>> {
 
 impl<'a> Claim<'a> {
     fn new(row: &'a RowView, heading: Option<&'static str>) -> Self {
-        let finding = row.measured.first().and_then(|view| view.findings.first());
+        let newest = row.measured.first();
+        let finding = newest.and_then(|view| view.findings.first());
+        let more = |view: &MeasuredView, finding: &Finding| {
+            let comparison = finding.comparison_text().map(|text| format!("{text}; ")).unwrap_or_default();
+            format!("{comparison}{}", view.place())
+        };
         Self {
             heading,
             word: row.standing.word(),
@@ -102,6 +112,7 @@ impl<'a> Claim<'a> {
                 || not_measured(row),
                 |finding| format!("{}: {}", finding.label, finding.measured_text()),
             ),
+            measured_more: newest.zip(finding).map(|(view, finding)| more(view, finding)),
             not_measured: not_measured(row),
             published_words: row.published.iter().map(|published| published.kind.word()).collect(),
             places: row.measured.iter().map(Place::new).collect(),
@@ -139,7 +150,7 @@ struct Picture {
 
 impl<'a> Place<'a> {
     fn new(view: &'a MeasuredView) -> Self {
-        let line = |finding: &'a crate::experiments::Finding| Line {
+        let line = |finding: &'a Finding| Line {
             label: &finding.label,
             measured: finding.measured_text(),
             comparison: finding.comparison_text(),

@@ -68,28 +68,50 @@ fn verb(standing: Standing, count: usize) -> &'static str {
     }
 }
 
-/// Lines of at most `width` characters, broken at blanks, and within words that are longer.
+/// Lines of at most `width` characters, broken at blanks, and within words that are longer: behind a mark such as
+/// an underscore if there is one.
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
         let mut rest: Vec<char> = word.chars().collect();
-        while !rest.is_empty() {
-            let used = lines.last().map_or(0, |line| line.chars().count());
-            let room = width.saturating_sub(if used == 0 { 0 } else { used + 1 });
-            if rest.len() > room && (used > 0 || room == 0) && !(rest.len() > width && room > width / 2) {
+        let used = lines.last().map_or(0, |line| line.chars().count());
+        let mut room = width.saturating_sub(used + 1);
+        // A word that no line holds may begin in this one.
+        let begins_here = rest.len() <= room || (rest.len() > width && room > width / 2);
+        if used > 0 && begins_here {
+            append(&mut lines, " ");
+        } else {
+            room = width;
+            if used > 0 {
                 lines.push(String::new());
-                continue;
             }
-            let taken: String = rest.drain(..rest.len().min(room.max(1))).collect();
-            if let Some(line) = lines.last_mut() {
-                if used > 0 {
-                    line.push(' ');
-                }
-                line.push_str(&taken);
+        }
+        loop {
+            let part: String = rest.drain(..cut(&rest, room.max(1))).collect();
+            append(&mut lines, &part);
+            if rest.is_empty() {
+                break;
             }
+            lines.push(String::new());
+            room = width;
         }
     }
     lines
+}
+
+fn append(lines: &mut [String], text: &str) {
+    if let Some(line) = lines.last_mut() {
+        line.push_str(text);
+    }
+}
+
+/// How much of a word goes into `room` characters.
+fn cut(word: &[char], room: usize) -> usize {
+    if word.len() <= room {
+        return word.len();
+    }
+    let mark = word[..room].iter().rposition(|character| !character.is_alphanumeric());
+    mark.map_or(room, |mark| mark + 1)
 }
 
 #[cfg(test)]
@@ -103,6 +125,8 @@ mod tests {
         assert_eq!(wrap("one two three", 8), ["one two", "three"]);
         assert_eq!(wrap("", 8), [""]);
         assert_eq!(wrap("abcdefghij", 4), ["abcd", "efgh", "ij"]);
+        assert_eq!(wrap("ab_cdefgh_ij", 9), ["ab_", "cdefgh_ij"]);
+        assert_eq!(wrap("1 ab_cdefghijklmnopq", 9), ["1 ab_", "cdefghijk", "lmnopq"]);
     }
 
     proptest! {

@@ -8,9 +8,8 @@ use crate::report::escape::markdown as escaped;
 /// The whole document.
 pub fn text(view: &LedgerView) -> String {
     let mut out = format!(
-        "# The numbers that people quote about LLM serving\n\nLimits: {} on {}. {}.\n",
-        escaped(&view.model),
-        escaped(&view.hardware),
+        "# The numbers that people quote about LLM serving\n\nLimits: {}. {}.\n",
+        escaped(&view.limits_of()),
         summary(view)
     );
     let mut topic: Option<Topic> = None;

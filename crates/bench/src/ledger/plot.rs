@@ -1,7 +1,8 @@
 //! The picture of a batch ladder: throughput over batch, measured, fitted and predicted.
 
+use servelab_sim::numbers::short;
+
 use crate::experiments::Ladder;
-use crate::report::number;
 use crate::report::plot::{Axis, Dot, Ink, Key, Layer, Mark, Plot, Scale};
 
 /// Points of the fitted curve.
@@ -12,17 +13,12 @@ pub fn ladder(ladder: &Ladder) -> (String, Vec<Key>) {
     let batches = ladder.points.iter().map(|point| point.sequences);
     let x = Scale::log(batches.chain([1.0, 2.0 * ladder.half_batch.clamp(1.0, 1e4)]));
     let rates = ladder.points.iter().map(|point| point.tokens_per_second);
-    let y = Scale::from_zero(rates);
+    let y = Scale::from_zero(rates.chain(ladder.predicted.iter().map(|(_, rate)| *rate)));
     let mut plot = Plot::new(Axis::new("sequences in the batch", x), Axis::new("output tokens/s", y));
     plot.width = 760.0;
     plot.x.ticks = ticks(x);
     plot.layers.push(Layer::line("fit", Ink::Blue, Mark::Line, fitted(ladder, x)));
-    let ceiling = y.ends().1;
-    let visible: Vec<(f64, f64)> =
-        ladder.predicted.iter().copied().filter(|(_, rate)| *rate <= ceiling).collect();
-    if visible.len() > 1 {
-        plot.layers.push(Layer::line("roofline", Ink::Grey, Mark::Dashed, visible));
-    }
+    plot.layers.push(Layer::line("roofline", Ink::Grey, Mark::Dashed, ladder.predicted.clone()));
     let dots = ladder.points.iter().map(|point| Dot {
         x: point.sequences,
         y: point.tokens_per_second,
@@ -35,7 +31,7 @@ pub fn ladder(ladder: &Ladder) -> (String, Vec<Key>) {
         mark: Mark::Point,
         dots: dots.collect(),
     });
-    let label = format!("B_half {}", number::short(ladder.half_batch));
+    let label = format!("B_half {}", short(ladder.half_batch));
     plot.layers.push(Layer::Upright { at: ladder.half_batch, label, label_height: 0.95 });
     (plot.svg("throughput over batch size"), plot.keys())
 }

@@ -17,13 +17,14 @@ pub fn text(view: &LedgerView, detail: bool, colour: bool) -> String {
     let mut lines =
         vec![paint.bold("The numbers that people quote about LLM serving, and what is true of them")];
     lines.extend(wrap(&format!("{}.", summary(view)), WIDTH));
-    lines.extend(wrap(&format!("Limits: {} on {}.", view.model, view.hardware), WIDTH));
+    lines.extend(wrap(&format!("Limits: {}.", view.limits_of()), WIDTH));
     let mut topic: Option<Topic> = None;
     for row in &view.rows {
         if topic != Some(row.topic) {
             topic = Some(row.topic);
             lines.extend([String::new(), paint.bold(&ruled(row.topic.title()))]);
-            lines.push(paint.dim(&columns(["quoted", "arithmetic of the quote", "limit", "measured here"])));
+            let limit: String = format!("limit, {}", view.model).chars().take(COLUMNS[2]).collect();
+            lines.push(paint.dim(&columns(["quoted", "arithmetic of the quote", &limit, "measured here"])));
         }
         lines.push(String::new());
         lines.extend(row_lines(row, paint));

@@ -208,6 +208,7 @@ fn measurement(hardware: &str, unix_seconds: u64, half_batch: f64) -> Measuremen
             model,
             weights: "random weights".into(),
             os: "linux".into(),
+            busy_share: None,
             tool_version: "0.1.0".into(),
             tool_commit: Some("abc".into()),
         },

@@ -13,7 +13,10 @@ use crate::experiments::{ExperimentId, Finding, Ladder, Measurement};
 /// All rows, computed.
 #[derive(Clone, Debug, Serialize)]
 pub struct LedgerView {
+    /// What the limits are of.
     pub model: String,
+    /// `bf16 weights, bf16 KV`.
+    pub number_formats: String,
     pub hardware: String,
     pub rows: Vec<RowView>,
 }
@@ -97,6 +100,8 @@ pub struct MeasuredView {
     /// `2026-11-24`.
     pub date: String,
     pub commit: Option<String>,
+    /// Other programs took a part of the machine, so that times are too long.
+    pub is_busy: bool,
     /// Those that answer the row.
     pub findings: Vec<Finding>,
     /// The curve behind them, of the batch ladder.
@@ -107,7 +112,8 @@ pub struct MeasuredView {
 impl MeasuredView {
     /// `demo on AMD EPYC, 2 threads, 2026-11-24`.
     pub fn place(&self) -> String {
-        format!("{} on {}, {}", self.model, self.hardware, self.date)
+        let busy = if self.is_busy { " (busy)" } else { "" };
+        format!("{} on {}{busy}, {}", self.model, self.hardware, self.date)
     }
 }
 
@@ -119,6 +125,11 @@ pub struct Filter {
 }
 
 impl LedgerView {
+    /// `llama-3.1-8b (bf16 weights, bf16 KV) on H100 SXM`.
+    pub fn limits_of(&self) -> String {
+        format!("{} ({}) on {}", self.model, self.number_formats, self.hardware)
+    }
+
     /// Computes the rows. `measurements` in any order.
     ///
     /// # Errors
@@ -139,10 +150,8 @@ impl LedgerView {
         let inputs = ledger.inputs(chosen);
         let rows = ledger.rows.iter().filter(wanted).map(|row| RowView::new(row, inputs, measurements));
         Ok(Self {
-            model: format!(
-                "{} ({} weights, {} KV)",
-                chosen.model.name, chosen.model.weight_dtype, chosen.model.kv_dtype
-            ),
+            model: chosen.model.name.clone(),
+            number_formats: format!("{} weights, {} KV", chosen.model.weight_dtype, chosen.model.kv_dtype),
             hardware: chosen.hardware.name.clone(),
             rows: rows.collect(),
         })
@@ -208,6 +217,7 @@ fn measured_view(row: &Row, measurement: &Measurement) -> MeasuredView {
         weights: circumstances.weights.clone(),
         date: date(measurement.unix_seconds),
         commit: circumstances.tool_commit.clone(),
+        is_busy: circumstances.is_busy(),
         findings: row.shows.iter().filter_map(of_key).collect(),
         ladder: measurement.ladder.clone(),
     }

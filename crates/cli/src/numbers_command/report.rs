@@ -85,6 +85,13 @@ impl<'a, W: Write> Report<'a, W> {
         for line in wrap(&text, WIDTH) {
             self.line(&line);
         }
+        if circumstances.is_busy() {
+            let text = "Other programs keep this machine busy: what is measured now will be too slow. Run this \
+                        again when they have ended.";
+            for line in wrap(text, WIDTH) {
+                self.line(&line);
+            }
+        }
         self.check()
     }
 

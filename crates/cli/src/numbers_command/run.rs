@@ -182,6 +182,7 @@ fn prepare(command: &RunCommand) -> Result<(Subject, Circumstances), Error> {
         weights: weights(&typed).to_owned(),
         model,
         os: machine::describe().os,
+        busy_share: busy_share(),
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         tool_commit: option_env!("SERVELAB_COMMIT").map(str::to_owned),
     };
@@ -264,6 +265,13 @@ fn known_gpu(name: &str, memory_bytes: f64) -> Result<HardwareProfile, Error> {
     let distance = |profile: &HardwareProfile| (profile.memory_bytes - memory_bytes).abs();
     let found = all.into_iter().filter(is_it).min_by(|a, b| distance(a).total_cmp(&distance(b)));
     found.ok_or_else(|| Error::UnknownGpu { gpu: name.to_owned() })
+}
+
+/// The load average of the last minute over the number of processors.
+fn busy_share() -> Option<f64> {
+    let averages = std::fs::read_to_string("/proc/loadavg").ok()?;
+    let last_minute: f64 = averages.split(' ').next()?.parse().ok()?;
+    Some(last_minute / std::thread::available_parallelism().ok()?.get() as f64)
 }
 
 /// Short enough for a table: `AMD EPYC, 2 threads`.
