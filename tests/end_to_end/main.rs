@@ -30,6 +30,8 @@ mod doctor;
 mod drain;
 /// What is refused, and in which words.
 mod errors;
+/// The commands of the labs.
+mod labs;
 /// Full queues and requests that can never fit.
 mod limits;
 /// Every metric of the table moves when it should.

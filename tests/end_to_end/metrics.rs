@@ -109,7 +109,7 @@ async fn intervals_add_up() {
     assert!((sum("inter_token_latency_seconds") - sum("request_decode_time_seconds")).abs() < 1e-6);
     let inside = sum("request_queue_time_seconds") + inference;
     assert!(inside <= sum("e2e_request_latency_seconds") + 1e-6, "{inside}");
-    assert!(sum("request_prefill_time_seconds") > 0.0, "the step that computes the prompt is prefill, not queue");
+    assert!(sum("request_prefill_time_seconds") > 0.0, "the prompt's step is prefill, not queue");
     let to_first = sum("request_queue_time_seconds") + sum("request_prefill_time_seconds");
     assert!(to_first <= sum("time_to_first_token_seconds") + 1e-6);
 }
