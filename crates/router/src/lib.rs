@@ -1,3 +1,24 @@
 //! The prefix-aware router: the choice of a replica as a pure function, and the proxy around it.
+//!
+//! The way of a request: `routes` (read it) - `prompt` (what it says) - `limits` (what its key may use, whose turn it
+//! is) - `replicas::registry` over `choice` (where it goes) - `proxy` (there and back). `discovery` says which replicas
+//! there are, `replicas::probe` how they are.
 
+mod app;
 pub mod choice;
+pub mod decisions;
+pub mod discovery;
+pub mod errors;
+pub mod idempotency;
+pub mod limits;
+pub mod metrics;
+pub mod options;
+pub mod prompt;
+pub mod proxy;
+pub mod replicas;
+mod routes;
+mod server;
+pub mod usage;
+
+pub use options::{ClientKey, HoldOptions, RouterOptions, Source, Timeouts};
+pub use server::{RouteError, Server};

@@ -1,0 +1,101 @@
+//! How a router works, ready to use. Each field says its unit; the defaults are those of the command line.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use servelab_telemetry::Secret;
+
+use crate::choice::fleet::FleetOptions;
+use crate::limits::KeyLimits;
+use crate::metrics::RouterMetrics;
+use crate::replicas::address::Address;
+use crate::replicas::probe::ProbeOptions;
+
+/// An API key and what it may use.
+#[derive(Clone, Debug)]
+pub struct ClientKey {
+    pub secret: Secret,
+    pub limits: KeyLimits,
+}
+
+/// How long each part of an exchange with a replica may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    pub connect: Duration,
+    /// Until a stream says its first word. An answer that comes whole has only the total.
+    pub first_byte: Duration,
+    /// Between two words of a stream.
+    pub idle: Duration,
+    pub total: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(2),
+            first_byte: Duration::from_secs(120),
+            idle: Duration::from_secs(60),
+            total: Duration::from_secs(1800),
+        }
+    }
+}
+
+/// What happens while no replica is ready.
+#[derive(Clone, Copy, Debug)]
+pub struct HoldOptions {
+    pub max_requests: usize,
+    pub timeout: Duration,
+}
+
+impl Default for HoldOptions {
+    fn default() -> Self {
+        Self { max_requests: 1000, timeout: Duration::from_secs(120) }
+    }
+}
+
+/// Where replicas are listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Static(Vec<Address>),
+    /// One address a line; read again when it changes.
+    File(PathBuf),
+    /// Every address that the name has.
+    Dns {
+        name: String,
+        port: u16,
+        interval: Duration,
+    },
+}
+
+/// Everything that a router is started with.
+pub struct RouterOptions {
+    pub host: String,
+    pub port: u16,
+    pub sources: Vec<Source>,
+    pub fleet: FleetOptions,
+    pub probe: ProbeOptions,
+    pub timeouts: Timeouts,
+    pub hold: HoldOptions,
+    /// Attempts at other replicas after the first.
+    pub max_retries: u32,
+    /// A second attempt is made beside one that is slower than this share of the last ones, 0 to 1.
+    pub hedge_quantile: Option<f64>,
+    pub max_connections: usize,
+    pub max_body_bytes: usize,
+    /// Requests that are sent to the replicas at once, for each that is ready; more wait in the router.
+    pub max_in_flight_per_replica: usize,
+    /// Requests that wait for that.
+    pub max_waiting: usize,
+    /// None: everybody may come in, with [`RouterOptions::anonymous_limits`] for all together.
+    pub keys: Vec<ClientKey>,
+    pub anonymous_limits: KeyLimits,
+    /// Opens `POST` and `DELETE /replicas`.
+    pub admin_key: Option<Secret>,
+    /// Sent to the replicas in place of the client's key.
+    pub replica_key: Option<Secret>,
+    /// How long the answer to an `Idempotency-Key` is kept.
+    pub idempotency_window: Duration,
+    pub drain_timeout: Duration,
+    pub metrics: Arc<RouterMetrics>,
+}

@@ -1,0 +1,155 @@
+//! An answer on its way through: read from the replica only as fast as the client takes it, with no buffer between.
+//! Dropping it closes the connection to the replica.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+use super::flight::Flight;
+use super::whole_events::WholeEvents;
+use crate::errors::RouterError;
+use crate::options::Timeouts;
+
+pub struct AnswerBody {
+    first: Option<Frame<Bytes>>,
+    rest: Incoming,
+    /// Of a stream of server-sent events.
+    events: Option<WholeEvents>,
+    timeouts: Timeouts,
+    /// The earlier of the two ends: of silence and of everything.
+    timer: Pin<Box<Sleep>>,
+    end: Instant,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    flight: Flight,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Passing,
+    /// All has come from the replica.
+    Last,
+    Ended,
+}
+
+impl AnswerBody {
+    /// `first` came already. `end`: when the whole answer must be there. `cut` ends it at once.
+    pub fn new(
+        first: Option<Frame<Bytes>>,
+        rest: Incoming,
+        is_events: bool,
+        timeouts: Timeouts,
+        end: Instant,
+        cut: WaitForCancellationFutureOwned,
+        flight: Flight,
+    ) -> Self {
+        let timer = Box::pin(tokio::time::sleep_until(end.min(Instant::now() + timeouts.idle)));
+        let events = is_events.then(WholeEvents::default);
+        Self { first, rest, events, timeouts, timer, end, cut: Box::pin(cut), flight, state: State::Passing }
+    }
+
+    fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(first)));
+        }
+        match Pin::new(&mut self.rest).poll_frame(context) {
+            Poll::Ready(Some(Ok(frame))) => {
+                self.timer.as_mut().reset(self.end.min(Instant::now() + self.timeouts.idle));
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => {
+                tracing::warn!(error = %Causes(&error), "a replica broke off in the middle of an answer");
+                Poll::Ready(Some(Err(RouterError::Cut)))
+            }
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => {
+                if self.cut.as_mut().poll(context).is_ready() {
+                    return Poll::Ready(Some(Err(RouterError::Drained)));
+                }
+                ready!(self.timer.as_mut().poll(context));
+                Poll::Ready(Some(Err(self.timed_out())))
+            }
+        }
+    }
+
+    fn timed_out(&self) -> RouterError {
+        let Timeouts { idle, total, .. } = self.timeouts;
+        if Instant::now() >= self.end { RouterError::Total(total) } else { RouterError::Idle(idle) }
+    }
+
+    /// A stream of events ends with one that says why, and without `[DONE]`. Anything else can only break.
+    fn fail(&mut self, error: RouterError) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
+        self.state = State::Ended;
+        self.flight.failed();
+        if self.events.is_some() {
+            return Poll::Ready(Some(Ok(Frame::data(Bytes::from(error.event())))));
+        }
+        Poll::Ready(Some(Err(error)))
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = RouterError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
+        let this = &mut *self;
+        loop {
+            if let Some(whole) = this.events.as_mut().and_then(WholeEvents::pop) {
+                return Poll::Ready(Some(Ok(Frame::data(whole))));
+            }
+            match this.state {
+                State::Ended => return Poll::Ready(None),
+                State::Last => {
+                    this.state = State::Ended;
+                    this.flight.answered(None);
+                    return Poll::Ready(None);
+                }
+                State::Passing => {}
+            }
+            match ready!(this.next(context)) {
+                Some(Ok(frame)) => {
+                    let Some(events) = &mut this.events else { return Poll::Ready(Some(Ok(frame))) };
+                    match frame.into_data() {
+                        Ok(data) => {
+                            this.flight.events(&data);
+                            events.push(data);
+                        }
+                        Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                    }
+                }
+                Some(Err(error)) => return this.fail(error),
+                None => {
+                    this.state = State::Last;
+                    if let Some(events) = &mut this.events {
+                        events.pass_rest();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An error and what it came from, in one line.
+pub struct Causes<'a>(pub &'a dyn std::error::Error);
+
+impl std::fmt::Display for Causes<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(formatter, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
