@@ -36,8 +36,12 @@ mod labs;
 mod limits;
 /// Every metric of the table moves when it should.
 mod metrics;
+/// The ledger of quoted numbers, and an experiment of it.
+mod numbers;
 /// Dashboards, rules and triggers against a real Prometheus.
 mod observability;
+/// The capacity plan.
+mod plan;
 /// Clients that misbehave hurt nobody else; memory stays flat.
 mod robustness;
 /// Streams carry the same answer, piece by piece.
