@@ -1,6 +1,5 @@
 """Every manifest against the schema of its kind, with unknown fields refused."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -27,6 +26,8 @@ def strict(schema):
     # A property may itself be called `properties`: then it is a schema, and has a type.
     if isinstance(result.get("properties"), dict) and "type" in result and not open_ended:
         result["additionalProperties"] = False
+    if result.pop("nullable", False):
+        return {"anyOf": [result, {"type": "null"}]}
     return result
 
 
@@ -40,6 +41,10 @@ def custom_schemas() -> dict[tuple[str, str], dict]:
             # What the API server knows of every object; a CRD says no more than that it is there.
             schema["properties"]["metadata"] = {"type": "object"}
             schemas[key] = schema
+    for path in SCHEMAS.glob("argoproj.io_*.json"):
+        schema = strict(json.loads(path.read_text()))
+        schema["properties"]["metadata"] = {"type": "object"}
+        schemas["argoproj.io/v1alpha1", schema["properties"]["kind"]["enum"][0]] = schema
     monitor = prometheus_operator.PodMonitor.model_json_schema(by_alias=True)
     schemas["monitoring.coreos.com/v1", "PodMonitor"] = strict(monitor)
     return schemas
@@ -101,11 +106,13 @@ def test_trigger_keys_are_in_kedas_list():
         ("ScaledObject", ("spec", "triggers", 0, "metadata", "threshold")),
         ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "prt")),
         ("PodDisruptionBudget", ("spec", "maxUnavailble")),
+        ("Rollout", ("spec", "strategy", "canary", "steps", 0, "setWait")),
+        ("AnalysisTemplate", ("spec", "metrics", 0, "sucessCondition")),
     ],
 )
 def test_the_schemas_refuse_what_is_wrong(kind, path):
     """An unknown field, and for the threshold a number where KEDA wants a string."""
-    manifest = copy.deepcopy(next(each for each in render("gpu") if each["kind"] == kind))
+    manifest = next(each for overlay in ("gpu", "local-canary") for each in render(overlay) if each["kind"] == kind)
     check(manifest)
     place = manifest
     for step in path[:-1]:

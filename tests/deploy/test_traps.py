@@ -77,7 +77,9 @@ def test_the_scaler_owns_the_number_of_replicas(objects):
     targets = [each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "ScaledObject")]
     targets += [each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "HorizontalPodAutoscaler")]
     assert targets == ["servelab"], "one scaler for one target"
-    assert "replicas" not in only(objects, "Deployment")["spec"]
+    for owner in [only(objects, "Deployment"), *of_kind(objects, "Rollout")]:
+        emptied = owner["kind"] == "Deployment" and of_kind(objects, "Rollout")
+        assert owner["spec"].get("replicas") == (0 if emptied else None)
 
 
 def test_a_budget_does_not_block_the_drain_of_a_node(objects):
@@ -162,6 +164,24 @@ def test_scaled_objects_avoid_the_traps(place, scaled):
         name = trigger.get("name", "")
         assert isinstance(name, str) and yaml.safe_load(name or "x") not in (True, False), "a boolean in YAML"
         assert not uses_formula or re.search(rf"\b{name}\b", spec["advanced"]["scalingModifiers"]["formula"])
+
+
+def test_a_canary_is_judged_and_scaled():
+    objects = render("local-canary")
+    rollout = only(objects, "Rollout")
+    target = only(objects, "ScaledObject")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Rollout", rollout["metadata"]["name"])
+    reference = rollout["spec"]["workloadRef"]
+    assert only(objects, reference["kind"], reference["name"])
+    analysis = rollout["spec"]["strategy"]["canary"]["analysis"]
+    template = only(objects, "AnalysisTemplate", analysis["templates"][0]["templateName"])["spec"]
+    given = {argument["name"] for argument in analysis["args"]}
+    assert given == {argument["name"] for argument in template["args"]}
+    for metric in template["metrics"]:
+        query = metric["provider"]["prometheus"]["query"]
+        used = set(re.findall(r"\{\{args\.(\w+)\}\}", query))
+        assert "canary" in used and used <= given
+        assert metric["successCondition"].startswith("len(result) == 0 || "), "no traffic is not a fault"
 
 
 def test_broken_ones_say_so():

@@ -212,6 +212,12 @@ pub fn run(mut command: Command) -> (i32, String, String) {
     (code, out, err)
 }
 
+/// Whether `servelab bench` did its work. One that calls its own figures spoilt, on a machine that is busy with other
+/// tests, has sent its load all the same.
+pub fn has_sent_its_load(code: i32, errors: &str) -> bool {
+    code == 0 || (code == 1 && errors.contains("the figures do not stand"))
+}
+
 fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap()
 }

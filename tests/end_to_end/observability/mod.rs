@@ -30,6 +30,7 @@ const CLIENTS: usize = 9;
 const TRIGGERS: [&str; 2] = ["deploy/kustomize/components/keda", "deploy/keda"];
 const CONFIGURATIONS: [&str; 2] =
     ["deploy/compose/prometheus.yml", "deploy/kustomize/components/monitoring/prometheus.yml"];
+const ANALYSIS: &str = "deploy/kustomize/components/rollout/analysis.yaml";
 const BROKEN_TRIGGERS: &str = "deploy/keda/broken";
 /// Where a metric may be named.
 const PLACES: [&str; 4] = ["dashboards", "deploy", "docs/labs", "docs/runbooks.md"];
@@ -115,6 +116,20 @@ async fn rule_queries(prometheus: &Prometheus) -> Vec<Query> {
     all
 }
 
+/// What the analysis of a canary asks, with one replica as the new version and the other as the old one.
+fn analysis_queries([canary, stable]: [&Server; 2]) -> Vec<Query> {
+    let template: Value = serde_saphyr::from_str(&read(repository().join(ANALYSIS))).unwrap();
+    let query = |metric: &Value| {
+        let asked = metric["provider"]["prometheus"]["query"].as_str().unwrap();
+        let expression = asked
+            .replace("servelab-{{args.canary}}-.*", canary.address())
+            .replace("servelab-{{args.stable}}-.*", stable.address());
+        assert!(!expression.contains("{{"), "an argument without a value: {expression}");
+        Query { place: format!("analysis: {}", metric["name"]), expression }
+    };
+    array(&template["spec"], "metrics").iter().map(query).collect()
+}
+
 /// The words of a text that could be names of metrics.
 fn words(text: &str) -> impl Iterator<Item = &str> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
@@ -139,6 +154,7 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
         variables_have_values(&prometheus).await;
         let mut all = dashboard_queries(replicas[0].address());
         all.extend(rule_queries(&prometheus).await);
+        all.extend(analysis_queries([&replicas[0], &replicas[1]]));
         until_all_have_data(&prometheus, all).await;
         no_rule_fails(&prometheus).await;
         for trigger in TRIGGERS.iter().flat_map(|folder| triggers::of(folder)) {
