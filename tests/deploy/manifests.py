@@ -1,6 +1,7 @@
 """The manifests of deploy/: rendered overlays and single files, as plain data."""
 
 import functools
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ KEDA_FILES = sorted((DEPLOY / "keda").rglob("*.yaml"))
 
 @functools.cache
 def _rendered(overlay: str) -> str:
+    assert shutil.which("kubectl"), "kubectl is not installed; it renders the overlays"
     folder = KUSTOMIZE / "overlays" / overlay
     run = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, f"{overlay}: {run.stderr}"

@@ -30,6 +30,7 @@ const CLIENTS: usize = 9;
 const TRIGGERS: [&str; 2] = ["deploy/kustomize/components/keda", "deploy/keda"];
 const CONFIGURATIONS: [&str; 2] =
     ["deploy/compose/prometheus.yml", "deploy/kustomize/components/monitoring/prometheus.yml"];
+const ADAPTER: &str = "deploy/kustomize/components/hpa/adapter-values.yaml";
 const ANALYSIS: &str = "deploy/kustomize/components/rollout/analysis.yaml";
 const BROKEN_TRIGGERS: &str = "deploy/keda/broken";
 /// Where a metric may be named.
@@ -116,6 +117,16 @@ async fn rule_queries(prometheus: &Prometheus) -> Vec<Query> {
     all
 }
 
+/// What prometheus-adapter asks for the HPA, with the label of a replica here in place of that of a pod.
+fn adapter_query() -> Query {
+    let values: Value = serde_saphyr::from_str(&read(repository().join(ADAPTER))).unwrap();
+    let asked = values["rules"]["custom"][0]["metricsQuery"].as_str().unwrap();
+    let expression =
+        asked.replace("<<.GroupBy>>", "instance").replace("<<.LabelMatchers>>", r#"job="servelab""#);
+    assert!(!expression.contains("<<"), "a placeholder without a value: {expression}");
+    Query { place: "prometheus-adapter".to_owned(), expression }
+}
+
 /// What the analysis of a canary asks, with one replica as the new version and the other as the old one.
 fn analysis_queries([canary, stable]: [&Server; 2]) -> Vec<Query> {
     let template: Value = serde_saphyr::from_str(&read(repository().join(ANALYSIS))).unwrap();
@@ -155,6 +166,7 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
         let mut all = dashboard_queries(replicas[0].address());
         all.extend(rule_queries(&prometheus).await);
         all.extend(analysis_queries([&replicas[0], &replicas[1]]));
+        all.push(adapter_query());
         until_all_have_data(&prometheus, all).await;
         no_rule_fails(&prometheus).await;
         for trigger in TRIGGERS.iter().flat_map(|folder| triggers::of(folder)) {
