@@ -37,6 +37,7 @@ pub struct ExplainedTerms {
     pub matched_tokens: u32,
     pub prefill_seconds: f64,
     pub queue_seconds: f64,
+    pub imposed_seconds: f64,
     pub decode_seconds: f64,
     pub memory_seconds: f64,
     pub cost_seconds: f64,
@@ -65,6 +66,7 @@ impl Explained {
             matched_tokens: terms.matched_tokens,
             prefill_seconds: terms.prefill_seconds,
             queue_seconds: terms.queue_seconds,
+            imposed_seconds: terms.imposed_seconds,
             decode_seconds: terms.decode_seconds,
             memory_seconds: terms.memory_seconds,
             cost_seconds: terms.cost_seconds(),
@@ -86,8 +88,12 @@ impl Explained {
     pub fn header(&self) -> String {
         let terms = self.table.first().map_or_else(String::new, |terms| {
             format!(
-                "; prefill={:.6}; queue={:.6}; decode={:.6}; memory={:.6}",
-                terms.prefill_seconds, terms.queue_seconds, terms.decode_seconds, terms.memory_seconds
+                "; prefill={:.6}; queue={:.6}; imposed={:.6}; decode={:.6}; memory={:.6}",
+                terms.prefill_seconds,
+                terms.queue_seconds,
+                terms.imposed_seconds,
+                terms.decode_seconds,
+                terms.memory_seconds
             )
         });
         format!(
@@ -129,6 +135,7 @@ mod tests {
             matched_tokens: 64,
             prefill_seconds: 0.5,
             queue_seconds,
+            imposed_seconds: 0.0,
             decode_seconds: 0.0,
             memory_seconds: 0.0,
         };
@@ -148,7 +155,7 @@ mod tests {
         assert_eq!(
             explained(1).header(),
             "replica=http://r3:80; policy=cost; reason=prefix; attempt=1; matched=64/100; prefill=0.500000; \
-             queue=17.000000; decode=0.000000; memory=0.000000"
+             queue=17.000000; imposed=0.000000; decode=0.000000; memory=0.000000"
         );
     }
 

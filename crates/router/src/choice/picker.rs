@@ -241,13 +241,13 @@ mod tests {
     }
 
     /// Fault 1 of the peers, affinity against load: a hot prefix spills before its replica's queue costs more than
-    /// recomputing the prefix elsewhere, and not earlier.
+    /// recomputing the prefix elsewhere; what the three requests there would wait for this one, 0.1 s each, counts too.
     #[test]
     fn a_hot_prefix_spills_when_its_queue_costs_more_than_computing_it_elsewhere() {
         let mut fleet = fleet(3);
         fleet[1].matched_tokens = 6000;
         for (pending, expected) in
-            [(0, (1, Reason::Prefix)), (5990, (1, Reason::Prefix)), (6010, (0, Reason::Spill))]
+            [(0, (1, Reason::Prefix)), (2990, (1, Reason::Prefix)), (3010, (0, Reason::Spill))]
         {
             busy(&mut fleet[1], 3, pending, 0);
             busy(&mut fleet[2], 9, 100, 0);
@@ -261,6 +261,7 @@ mod tests {
         let mut fleet = fleet(4);
         fleet[2].matched_tokens = 20_000;
         busy(&mut fleet[2], 60, 4000, 60);
+        [0, 1, 3].into_iter().for_each(|at| busy(&mut fleet[at], 10, 0, 10));
         assert_eq!(pick(Policy::Cost, &ask(21_000), &fleet), (2, Reason::Prefix));
     }
 
