@@ -44,5 +44,7 @@ mod observability;
 mod plan;
 /// Clients that misbehave hurt nobody else; memory stays flat.
 mod robustness;
+/// The router before real replicas.
+mod router;
 /// Streams carry the same answer, piece by piece.
 mod streaming;

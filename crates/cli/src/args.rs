@@ -11,6 +11,7 @@ use crate::bench::args::BenchCommand;
 use crate::doctor::DoctorCommand;
 use crate::numbers_command::NumbersCommand;
 use crate::plan_command::PlanCommand;
+use crate::route::args::RouteCommand;
 use crate::size::{ByteSize, TimeSpan};
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
@@ -31,6 +32,9 @@ pub enum Command {
     /// Serve a model over the OpenAI API. No model named: the embedded demo model.
     #[command(after_help = EXIT_CODES)]
     Serve(Box<ServeCommand>),
+    /// Route requests to the replica where each finishes soonest, often the one that holds its prefix.
+    #[command(after_help = crate::route::args::EXAMPLES)]
+    Route(Box<RouteCommand>),
     /// Show what hardware and libraries are here, and check every kernel against plain loops.
     #[command(after_help = DOCTOR_EXIT_CODES)]
     Doctor(DoctorCommand),

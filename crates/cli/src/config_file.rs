@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::args::Typed;
+use serde::de::DeserializeOwned;
 
 /// Why the file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -18,13 +18,13 @@ pub enum ConfigFileError {
 /// # Errors
 /// If it cannot be read, is no TOML, or has a key or a value that no setting has; the message names the
 /// line and, for an unknown key, all keys there are.
-pub fn read(path: &Path) -> Result<Typed, ConfigFileError> {
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigFileError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigFileError::Read { path: path.to_owned(), source })?;
     parse(path, &text)
 }
 
-fn parse(path: &Path, text: &str) -> Result<Typed, ConfigFileError> {
+fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigFileError> {
     toml::from_str(text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         let line = 1 + text.bytes().take(start).filter(|&byte| byte == b'\n').count();
@@ -36,10 +36,12 @@ fn parse(path: &Path, text: &str) -> Result<Typed, ConfigFileError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::Typed;
 
     #[test]
     fn an_unknown_key_is_named_with_its_line_and_what_is_allowed() {
-        let error = parse(Path::new("lab.toml"), "port = 80\nmax-runing = 4\n").unwrap_err().to_string();
+        let error =
+            parse::<Typed>(Path::new("lab.toml"), "port = 80\nmax-runing = 4\n").unwrap_err().to_string();
         assert!(error.starts_with("lab.toml, line 2: unknown field `max-runing`"), "{error}");
         assert!(error.contains("`max-running`"), "{error}");
         assert_eq!(error.lines().count(), 1);
@@ -53,7 +55,7 @@ mod tests {
             ("device = \"tpu\"", "tpu"),
             ("port = ", "line 1"),
         ] {
-            let error = parse(Path::new("lab.toml"), text).unwrap_err().to_string();
+            let error = parse::<Typed>(Path::new("lab.toml"), text).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
             assert_eq!(error.lines().count(), 1, "{error}");
         }

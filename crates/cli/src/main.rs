@@ -15,6 +15,7 @@ mod numbers_command;
 mod open_files;
 mod plan;
 mod plan_command;
+mod route;
 mod secrets;
 mod serve;
 mod settings;
@@ -35,6 +36,10 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         None => list_commands(),
         Some(Command::Serve(command)) => match serve::run(*command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Route(command)) => match route::run(*command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },

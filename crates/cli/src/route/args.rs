@@ -1,0 +1,158 @@
+//! The settings of `servelab route` as typed: on the command line, or in the file that `--config` names.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Deserialize;
+
+use crate::args::LogFormat;
+use crate::size::{ByteSize, TimeSpan};
+
+pub const EXAMPLES: &str = "\
+Examples:
+  servelab route --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002
+  servelab route --replicas-dns servelab-headless:8000 --api-key-file keys --tokens-per-minute 100000
+  curl -H 'x-servelab-decision: 1' ...      the answer tells which replica was chosen and why
+  curl http://127.0.0.1:8080/replicas       the replicas as the router sees them; also /decisions, /metrics
+
+Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
+
+#[derive(Args)]
+pub struct RouteCommand {
+    #[command(flatten)]
+    pub typed: TypedRoute,
+    /// TOML file with any of these settings, named as the flags without the dashes in front
+    /// (drain-timeout = "60s"). Flags go before it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+macro_rules! typed {
+    ($($(#[$attribute:meta])* $field:ident: $type:ty,)+) => {
+        /// Every setting of `servelab route`, each as it was typed or absent. Flags and file share it.
+        #[derive(Args, Clone, Debug, Default, Deserialize, PartialEq)]
+        #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+        pub struct TypedRoute { $($(#[$attribute])* pub $field: Option<$type>,)+ }
+
+        impl TypedRoute {
+            /// These settings, and where one is absent that of `file`.
+            pub fn over(self, file: Self) -> Self {
+                Self { $($field: self.$field.or(file.$field),)+ }
+            }
+        }
+    };
+}
+
+typed! {
+    /// Address of a replica, http://HOST:PORT; give it once for each.
+    #[arg(long, value_name = "URL", help_heading = "Replicas")]
+    replica: Vec<String>,
+    /// File with one address a line; followed while it changes.
+    #[arg(long, value_name = "FILE", help_heading = "Replicas")]
+    replicas_file: PathBuf,
+    /// Name whose addresses are all replicas, as that of a headless service; followed while it changes.
+    #[arg(long, value_name = "NAME:PORT", help_heading = "Replicas")]
+    replicas_dns: Vec<String>,
+    /// How often names are resolved [default: 5s].
+    #[arg(long, value_name = "TIME", help_heading = "Replicas")]
+    dns_interval: TimeSpan,
+    /// Where a replica says that it is ready [default: /health].
+    #[arg(long, value_name = "PATH", help_heading = "Replicas")]
+    health_path: String,
+    /// How often replicas are asked how they are [default: 1s].
+    #[arg(long, value_name = "TIME", help_heading = "Replicas")]
+    health_interval: TimeSpan,
+    /// How long they may take to say so [default: 2s].
+    #[arg(long, value_name = "TIME", help_heading = "Replicas")]
+    health_timeout: TimeSpan,
+    /// File with the key that replicas ask for; sent in place of the client's [default: the client's passes].
+    #[arg(long, value_name = "FILE", help_heading = "Replicas")]
+    replica_key_file: PathBuf,
+
+    /// cost, round_robin, random, least_requests, power_of_two, peak_ewma, consistent_hash, session or
+    /// longest_prefix [default: cost].
+    #[arg(long, value_name = "NAME", help_heading = "Choice")]
+    policy: String,
+    /// Most memory for what the replicas hold [default: 256MiB].
+    #[arg(long, value_name = "SIZE", help_heading = "Choice")]
+    index_memory: ByteSize,
+    /// Of the random numbers that break ties [default: 0].
+    #[arg(long, help_heading = "Choice")]
+    seed: u64,
+
+    /// Address to listen on [default: 127.0.0.1].
+    #[arg(long, help_heading = "Network")]
+    host: String,
+    /// Port to listen on; 0 takes a free one and prints it [default: 8080].
+    #[arg(long, help_heading = "Network")]
+    port: u16,
+    /// Most connections at once; one more gets a 503 [default: 4096, or what the limit on open files allows].
+    #[arg(long, value_name = "COUNT", help_heading = "Network")]
+    max_connections: u32,
+    /// Largest request body [default: 8MiB].
+    #[arg(long, value_name = "SIZE", help_heading = "Network")]
+    max_body_bytes: ByteSize,
+    /// To connect to a replica [default: 2s].
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    connect_timeout: TimeSpan,
+    /// Until a stream says its first word; an answer that comes whole has only the total [default: 120s].
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    first_byte_timeout: TimeSpan,
+    /// Between two words of a stream [default: 60s].
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    idle_timeout: TimeSpan,
+    /// A whole answer [default: 30m].
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    total_timeout: TimeSpan,
+    /// How long running requests may go on after SIGTERM [default: 30s].
+    #[arg(long, value_name = "TIME", help_heading = "Network")]
+    drain_timeout: TimeSpan,
+
+    /// Attempts at other replicas when one fails before the first byte [default: 3].
+    #[arg(long, value_name = "COUNT", help_heading = "Faults")]
+    retries: u32,
+    /// Make a second attempt beside one that is slower than this share of the last ones, such as 0.95
+    /// [default: never].
+    #[arg(long, value_name = "SHARE", help_heading = "Faults")]
+    hedge: f64,
+    /// Requests that are held while no replica is ready [default: 1000].
+    #[arg(long, value_name = "COUNT", help_heading = "Faults")]
+    max_held: usize,
+    /// How long [default: 120s].
+    #[arg(long, value_name = "TIME", help_heading = "Faults")]
+    hold_timeout: TimeSpan,
+    /// How long the answer to an Idempotency-Key is kept [default: 10m].
+    #[arg(long, value_name = "TIME", help_heading = "Faults")]
+    idempotency_window: TimeSpan,
+
+    /// File with API keys, one a line, # begins a comment; clients must present one of them
+    /// [default: the keys in SERVELAB_API_KEYS, separated by commas, else everybody may come in].
+    #[arg(long, value_name = "FILE", help_heading = "Limits")]
+    api_key_file: PathBuf,
+    /// File with the key that opens POST and DELETE /replicas [default: nobody may].
+    #[arg(long, value_name = "FILE", help_heading = "Limits")]
+    admin_key_file: PathBuf,
+    /// Requests a minute of each key, at this router [default: no limit].
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    requests_per_minute: u64,
+    /// Tokens a minute of each key, prompt and answer, at this router [default: no limit].
+    #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
+    tokens_per_minute: u64,
+    /// Requests that each ready replica has at once; more wait here, fairly between keys [default: 512].
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    max_in_flight: usize,
+    /// Most that wait so [default: 4096].
+    #[arg(long, value_name = "COUNT", help_heading = "Limits")]
+    max_waiting: usize,
+
+    /// In front of every metric's name [default: servelab_].
+    #[arg(long, value_name = "PREFIX", help_heading = "Metrics and logs")]
+    metrics_prefix: String,
+    /// error, warn, info, debug, trace or off, with exceptions for single crates as in
+    /// info,servelab_router=debug [default: info].
+    #[arg(long, value_name = "LEVEL", help_heading = "Metrics and logs")]
+    log_level: String,
+    /// Lines for people or JSON objects, on standard error [default: human].
+    #[arg(long, value_name = "FORMAT", help_heading = "Metrics and logs")]
+    log_format: LogFormat,
+}

@@ -1,0 +1,160 @@
+//! The router before real replicas: one is killed, one drains, none is there yet, one holds the prefix.
+
+use std::net::TcpListener;
+
+use futures::future::join_all;
+use serde_json::{Value, json};
+
+use crate::util::{PATIENCE, Server, events, servelab};
+
+/// Small replicas that start quickly and leave the processor to each other.
+const REPLICA: &[&str] = &["--threads", "1", "--kv-blocks", "256", "--max-running", "8"];
+
+async fn replica() -> Server {
+    Server::start(REPLICA).await
+}
+
+/// A router before these addresses that asks them often how they are.
+async fn router(replicas: &[&str], flags: &[&str]) -> Server {
+    let mut command = servelab(&["route", "--port", "0", "--health-interval", "100ms"]);
+    for replica in replicas {
+        command.args(["--replica", replica]);
+    }
+    command.args(flags);
+    let router = Server::spawn(command);
+    router.wait_until_ready().await;
+    router
+}
+
+async fn until_ready(router: &Server, count: usize) {
+    let ready = async || {
+        let health: Value = serde_json::from_str(&router.get("/health").await.1).unwrap();
+        health["replicas_ready"] == count
+    };
+    router.until("as many replicas are ready", ready).await;
+}
+
+fn body(number: usize) -> Value {
+    json!({"prompt": format!("Question {number}: what is a block?"), "max_tokens": 60, "temperature": 0, "ignore_eos": true})
+}
+
+/// Sends `count` requests at once, unstreamed, and gives the status of each.
+async fn ask_all(router: &Server, count: usize) -> Vec<u16> {
+    let asked = (0..count).map(async |number| {
+        let (status, answer) = router.post("/v1/completions", &body(number)).await;
+        if status == 200 {
+            assert_eq!(answer["usage"]["completion_tokens"], 60, "{answer}");
+        }
+        status
+    });
+    join_all(asked).await
+}
+
+#[tokio::test]
+async fn a_replica_that_is_killed_loses_no_unstreamed_request_and_its_streams_say_so() {
+    let (mut killed, one, other) = tokio::join!(replica(), replica(), replica());
+    let router = router(&[&killed.base, &one.base, &other.base], &[]).await;
+    until_ready(&router, 3).await;
+    let long =
+        json!({"prompt": "Tell me of blocks", "max_tokens": 200, "temperature": 0, "ignore_eos": true});
+    let streams = (0..6).map(async |_| events(router.open_stream("/v1/completions", &long).await).await);
+    let killing = async {
+        router
+            .until("every replica works", async || killed.engine_state().await["running"] != json!([]))
+            .await;
+        killed.signal("KILL");
+        killed.ended().await;
+    };
+    let (statuses, streams, ()) = tokio::join!(ask_all(&router, 24), join_all(streams), killing);
+    assert_eq!(statuses, [200; 24], "{}", router.log());
+    for events in streams {
+        let last = events.last().unwrap();
+        assert!(last == "[DONE]" || last.contains("replica_failed"), "{last}");
+    }
+    until_ready(&router, 2).await;
+    assert_eq!(ask_all(&router, 4).await, [200; 4]);
+}
+
+#[tokio::test]
+async fn a_replica_that_drains_loses_nothing() {
+    let (mut drained, other) = tokio::join!(replica(), replica());
+    let router = router(&[&drained.base, &other.base], &[]).await;
+    until_ready(&router, 2).await;
+    let draining = async {
+        router.until("it works", async || drained.engine_state().await["running"] != json!([])).await;
+        drained.signal("TERM");
+        assert!(drained.ended().await.success());
+    };
+    let (statuses, ()) = tokio::join!(ask_all(&router, 16), draining);
+    assert_eq!(statuses, [200; 16], "{}", router.log());
+    assert_eq!(ask_all(&router, 4).await, [200; 4]);
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_first_replica() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let router = router(&[&format!("http://127.0.0.1:{port}")], &[]).await;
+    let starting = async {
+        let held = async || router.metric("servelab_router_requests_held").await == Some(1.0);
+        router.until("a request is held", held).await;
+        let mut command = servelab(&["serve", "--port", &port.to_string()]);
+        command.args(REPLICA);
+        Server::spawn(command)
+    };
+    let body = body(1);
+    let asked = tokio::time::timeout(PATIENCE, router.post("/v1/completions", &body));
+    let (answer, _replica) = tokio::join!(asked, starting);
+    assert_eq!(answer.unwrap().0, 200, "{}", router.log());
+}
+
+#[tokio::test]
+async fn a_later_turn_goes_to_the_replica_that_holds_the_earlier_one() {
+    let (one, other) = tokio::join!(replica(), replica());
+    let router = router(&[&one.base, &other.base], &[]).await;
+    until_ready(&router, 2).await;
+    for conversation in 0..4 {
+        let system = format!("Conversation {conversation}. ") + &"You answer in few words. ".repeat(12);
+        let mut messages =
+            json!([{"role": "system", "content": system}, {"role": "user", "content": "What is a block?"}]);
+        let ask = async |messages: &Value| {
+            let body = json!({"messages": messages, "max_tokens": 8, "temperature": 0});
+            let request =
+                router.client.post(router.url("/v1/chat/completions")).header("x-servelab-decision", "1");
+            let answer = request.json(&body).send().await.unwrap();
+            let decision = answer.headers()["x-servelab-decision"].to_str().unwrap().to_owned();
+            (decision, answer.json::<Value>().await.unwrap())
+        };
+        let (first, answer) = ask(&messages).await;
+        let list = messages.as_array_mut().unwrap();
+        list.push(json!({"role": "assistant", "content": answer["choices"][0]["message"]["content"]}));
+        list.push(json!({"role": "user", "content": "And a step?"}));
+        let (second, answer) = ask(&messages).await;
+        assert_eq!(first.split(';').next(), second.split(';').next(), "{first} then {second}");
+        assert!(second.contains("reason=prefix"), "{second}");
+        assert!(answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0, "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn the_router_drains_and_ends_with_0() {
+    let replica = replica().await;
+    let mut router = router(&[&replica.base], &[]).await;
+    until_ready(&router, 1).await;
+    let draining = async {
+        router.until("it works", async || replica.engine_state().await["running"] != json!([])).await;
+        router.signal("TERM");
+    };
+    let (statuses, ()) = tokio::join!(ask_all(&router, 4), draining);
+    assert!(
+        statuses.iter().all(|status| [200, 503].contains(status)) && statuses.contains(&200),
+        "{statuses:?}"
+    );
+    assert!(router.ended().await.success());
+}
+
+#[test]
+fn without_replicas_it_says_what_to_give() {
+    let (code, _, errors) = crate::util::run(servelab(&["route"]));
+    assert_eq!(code, 2);
+    assert!(errors.contains("no replica is named; give --replica URL"), "{errors}");
+}
