@@ -46,5 +46,7 @@ mod plan;
 mod robustness;
 /// The router before real replicas.
 mod router;
+/// The simulated device: its answers, its time, its memory, and that it says what it is.
+mod sim;
 /// Streams carry the same answer, piece by piece.
 mod streaming;

@@ -51,7 +51,7 @@ async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_sho
             (total(&fresh, metric.name, metric.kind), total(&busy, metric.name, metric.kind));
         assert!(after > before, "{} did not move: {before}", metric.name);
     }
-    for name in ["cache_config_info", "build_info"] {
+    for name in ["cache_config_info", "build_info", "device_info"] {
         assert_eq!(total(&fresh, name, Kind::Gauge), 1.0, "{name}");
     }
     assert!(total(&fresh, "model_load_seconds", Kind::Gauge) > 0.0);

@@ -12,6 +12,7 @@ use crate::doctor::DoctorCommand;
 use crate::numbers_command::NumbersCommand;
 use crate::plan_command::PlanCommand;
 use crate::route::args::RouteCommand;
+use crate::sim_command::SimCommand;
 use crate::size::{ByteSize, TimeSpan};
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
@@ -47,6 +48,8 @@ pub enum Command {
     /// Show the numbers that people quote beside the limit and what was measured here; run measures them.
     #[command(after_help = crate::numbers_command::EXAMPLES)]
     Numbers(Box<NumbersCommand>),
+    /// Simulated devices: calibrate one with measured points.
+    Sim(SimCommand),
 }
 
 #[derive(Args)]
@@ -119,8 +122,8 @@ pub struct Typed {
     #[arg(long, value_name = "TIME", help_heading = "Network")]
     pub stall_timeout: Option<TimeSpan>,
 
-    /// Where to compute; auto takes an NVIDIA GPU if there is one that the model can be computed on [default:
-    /// auto].
+    /// Where to compute; auto takes an NVIDIA GPU if there is one that the model can be computed on; sim computes
+    /// nothing and takes the time of --hardware [default: auto].
     #[arg(long, help_heading = "Engine")]
     pub device: Option<Device>,
     /// paged: continuous batching over a paged KV cache; naive: candle-transformers' model, one request at
@@ -177,6 +180,18 @@ pub struct Typed {
           help_heading = "GPU")]
     pub no_overlap: Option<bool>,
 
+    /// With --device sim: a GPU (l4, a100, l40s, h100, h200, b200, ...) or a profile (TOML), such as servelab sim
+    /// calibrate writes [default: h100].
+    #[arg(long, value_name = "NAME|FILE", help_heading = "Simulated device")]
+    pub hardware: Option<String>,
+    /// With --device sim: GPUs that share the model [default: 1].
+    #[arg(long, value_name = "GPUS", help_heading = "Simulated device")]
+    pub tp: Option<u32>,
+    /// With --device sim: how many times as fast as the device; inf: steps take no time, which leaves that of
+    /// the server [default: 1].
+    #[arg(long, value_name = "FACTOR", help_heading = "Simulated device")]
+    pub speed: Option<f64>,
+
     /// In front of every metric's name; vllm: gives vLLM's own names [default: servelab_].
     #[arg(long, value_name = "PREFIX", help_heading = "Metrics and logs")]
     pub metrics_prefix: Option<String>,
@@ -201,7 +216,7 @@ macro_rules! choice {
 choice!(LoadFormat { Auto, Dummy });
 choice!(Dtype { Auto, F32, F16, Bf16, Fp8 });
 choice!(KvDtype { Auto, F32, F16, Bf16, Fp8 });
-choice!(Device { Auto, Cpu, Cuda });
+choice!(Device { Auto, Cpu, Cuda, Sim });
 choice!(Engine { Paged, Naive });
 choice!(LogFormat { Human, Json });
 
@@ -245,6 +260,9 @@ impl Typed {
             cuda_lib_dir: self.cuda_lib_dir.or(file.cuda_lib_dir),
             no_cuda_graphs: self.no_cuda_graphs.or(file.no_cuda_graphs),
             no_overlap: self.no_overlap.or(file.no_overlap),
+            hardware: self.hardware.or(file.hardware),
+            tp: self.tp.or(file.tp),
+            speed: self.speed.or(file.speed),
             metrics_prefix: self.metrics_prefix.or(file.metrics_prefix),
             log_level: self.log_level.or(file.log_level),
             log_format: self.log_format.or(file.log_format),

@@ -8,6 +8,7 @@ use servelab_model::cuda::driver::{CudaGpu, OpenError};
 use servelab_model::cuda::gpu::{Gpu, GpuInfo};
 
 use crate::settings::{DeviceChoice, EngineSettings};
+use crate::simulated::SimulatedSettings;
 use crate::size::ByteSize;
 
 /// What computes.
@@ -15,6 +16,7 @@ use crate::size::ByteSize;
 pub enum Device {
     Cpu,
     Cuda(Arc<CudaGpu>),
+    Sim(Box<SimulatedSettings>),
 }
 
 /// A device with the reason why it was taken.
@@ -40,6 +42,10 @@ pub fn choose(settings: &EngineSettings) -> Result<Chosen, NoGpu> {
     if settings.device == DeviceChoice::Cpu {
         return Ok(cpu("as asked for".to_owned()));
     }
+    if let Some(simulated) = &settings.simulated {
+        let (reason, device) = (simulated.describe(), Device::Sim(simulated.clone()));
+        return Ok(Chosen { device, may_change: false, reason });
+    }
     if settings.kind == EngineKind::Naive {
         return Ok(cpu("the naive engine computes there".to_owned()));
     }
@@ -64,11 +70,12 @@ pub fn describe(info: &GpuInfo) -> String {
 }
 
 impl Chosen {
-    /// `cpu` or `cuda`.
+    /// `cpu`, `cuda` or `sim`.
     pub fn name(&self) -> &'static str {
         match self.device {
             Device::Cpu => "cpu",
             Device::Cuda(_) => "cuda",
+            Device::Sim(_) => "sim",
         }
     }
 }

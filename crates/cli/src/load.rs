@@ -11,12 +11,14 @@ use servelab_model::{
 };
 use servelab_server::{LoadError, LoadTimes, LoadedModel};
 use servelab_text::{ChatTemplate, Tokenizer};
+use servelab_wire::DeviceState;
 
 use crate::device::{self, Chosen, Device};
 use crate::generation_config;
 use crate::memory;
 use crate::plan::{Facts, Plan, PlanError, plan};
 use crate::settings::{EngineSettings, ModelSettings};
+use crate::simulated::{self, SimulatedSettings};
 use crate::size::ByteSize;
 
 /// What the banner tells about a loaded model.
@@ -71,7 +73,7 @@ fn progress() -> impl FnMut(&Download) + Send {
 struct OnDevice {
     model: servelab_model::LoadedModel,
     engine: EngineConfig,
-    device: String,
+    device: DeviceState,
     weight_dtype: &'static str,
     kv_dtype: &'static str,
 }
@@ -86,16 +88,19 @@ pub fn load(
     engine: &EngineSettings,
     chosen: &Chosen,
 ) -> Result<(LoadedModel, Summary), LoadError> {
-    let text = Text::new(prepared.text_files(), prepared.config(), &model.source)?;
+    let mut text = Text::new(prepared.text_files(), prepared.config(), &model.source)?;
+    if matches!(chosen.device, Device::Sim(_)) && prepared.text_files().tokenizer.is_none() {
+        text.end_in_its_own_words();
+    }
     let sampling_defaults =
         generation_config::sampling_defaults(prepared.text_files().generation_config.as_deref())
             .map_err(|error| LoadError(error.to_string()))?;
     let (architecture, parameters) =
         (prepared.config().architecture.name(), prepared.config().num_parameters());
     let OnDevice { model: loaded, engine, device, weight_dtype, kv_dtype } =
-        on_device(prepared, model, engine, chosen)?;
+        on_device(prepared, model, engine, chosen, &text)?;
     let summary = Summary {
-        device,
+        device: device.name.clone(),
         architecture,
         parameters,
         weight_dtype,
@@ -115,6 +120,7 @@ pub fn load(
         vocab_size: u32::try_from(loaded.config.vocab_size).unwrap_or(u32::MAX),
         root: root(&model.source),
         sampling_defaults,
+        device,
         kv_dtype: kv_dtype.to_owned(),
         load_times: LoadTimes {
             read: timings.read,
@@ -132,8 +138,13 @@ fn on_device(
     model: &ModelSettings,
     engine: &EngineSettings,
     chosen: &Chosen,
+    text: &Text,
 ) -> Result<OnDevice, LoadError> {
-    let Device::Cuda(gpu) = &chosen.device else { return on_cpu(prepared, model, engine) };
+    let gpu = match &chosen.device {
+        Device::Cpu => return on_cpu(prepared, model, engine),
+        Device::Sim(simulated) => return on_simulated(&prepared, model, engine, simulated, text),
+        Device::Cuda(gpu) => gpu,
+    };
     let options = gpu_options(engine, model, prepared.config())?;
     let only_gpu = engine.gpu.fp8_weights || engine.gpu.fp8_kv;
     match prepared.cuda_options(&**gpu, &options) {
@@ -148,6 +159,30 @@ fn on_device(
             on_gpu(prepared, model, engine, gpu, &options)
         }
     }
+}
+
+fn on_simulated(
+    prepared: &Prepared,
+    model: &ModelSettings,
+    engine: &EngineSettings,
+    simulated: &SimulatedSettings,
+    text: &Text,
+) -> Result<OnDevice, LoadError> {
+    let words = (&text.tokenizer, &text.eos_token_ids[..]);
+    let loaded = simulated::load(prepared, model, engine, simulated, words)?;
+    Ok(OnDevice {
+        model: loaded.model,
+        engine: loaded.engine,
+        device: DeviceState {
+            kind: "sim".to_owned(),
+            name: format!("{}, simulated", simulated.name()),
+            gpus: simulated.gpus,
+            simulated: true,
+            speed: Some(simulated.shown_speed()),
+        },
+        weight_dtype: loaded.weight_dtype,
+        kv_dtype: loaded.kv_dtype,
+    })
 }
 
 /// On a GPU keys and values have the weights' format, or 8 bits.
@@ -179,7 +214,8 @@ fn on_cpu(prepared: Prepared, model: &ModelSettings, engine: &EngineSettings) ->
     let weight_dtype = prepared.dtype().name();
     let loaded = prepared.into_runner(&plan.runner).map_err(|error| LoadError(error.to_string()))?;
     let kv_dtype = plan.runner.kv_dtype.name();
-    Ok(OnDevice { model: loaded, engine: plan.engine, device: "cpu".to_owned(), weight_dtype, kv_dtype })
+    let device = DeviceState { kind: "cpu".to_owned(), name: "cpu".to_owned(), ..DeviceState::default() };
+    Ok(OnDevice { model: loaded, engine: plan.engine, device, weight_dtype, kv_dtype })
 }
 
 fn gpu_options(
@@ -247,7 +283,12 @@ fn on_gpu(
     Ok(OnDevice {
         model: loaded.model,
         engine,
-        device: device::describe(gpu.info()),
+        device: DeviceState {
+            kind: "cuda".to_owned(),
+            name: device::describe(gpu.info()),
+            gpus: 1,
+            ..DeviceState::default()
+        },
         weight_dtype: loaded.weight_dtype,
         kv_dtype: loaded.kv_dtype,
     })
@@ -342,6 +383,13 @@ impl Text {
         }
         text.tokenizer = text.tokenizer.with_placeholders(config.vocab_size);
         Ok(text)
+    }
+
+    /// With a borrowed tokenizer the model's end of sequence is a number without a word. What a simulated device says
+    /// can end as the tokenizer does.
+    fn end_in_its_own_words(&mut self) {
+        let end = self.tokenizer.eos_token().and_then(|token| self.tokenizer.special_token_id(token));
+        self.eos_token_ids = end.into_iter().collect();
     }
 
     /// Adds the tokenizer's own end of sequence, which some checkpoints name nowhere else.

@@ -20,6 +20,8 @@ mod secrets;
 mod serve;
 mod settings;
 mod signals;
+mod sim_command;
+mod simulated;
 mod size;
 
 use std::io::Write;
@@ -48,6 +50,10 @@ fn main() -> ExitCode {
             Err(error) => complain(&error, error.is_usage()),
         },
         Some(Command::Numbers(command)) => match numbers_command::run(&command, &mut std::io::stdout()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Sim(command)) => match sim_command::run(&command, &mut std::io::stdout()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },

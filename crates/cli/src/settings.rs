@@ -11,6 +11,7 @@ use servelab_telemetry::{LogError, LogFormat, Secret};
 use crate::args::{self, Typed};
 use crate::open_files;
 use crate::secrets::{self, SecretError};
+use crate::simulated::{SimulatedError, SimulatedSettings};
 
 /// What `servelab serve` does. Ready to use.
 pub struct Settings {
@@ -68,8 +69,10 @@ pub struct NetworkSettings {
 pub struct EngineSettings {
     /// Default auto.
     pub device: DeviceChoice,
-    /// What is so on a GPU, if the model is computed on one.
+    /// What is so on a GPU, if the model is computed on one, or on a simulated one.
     pub gpu: GpuSettings,
+    /// With `--device sim`.
+    pub simulated: Option<Box<SimulatedSettings>>,
     /// Default paged.
     pub kind: EngineKind,
     /// 0: one a core, which is the default.
@@ -95,6 +98,7 @@ pub enum DeviceChoice {
     Auto,
     Cpu,
     Cuda,
+    Sim,
 }
 
 /// How to compute on a GPU.
@@ -155,6 +159,8 @@ pub enum SettingsError {
     #[error("--{name} is for models of a hub, and {model} is none; leave it out")]
     NotAHubModel { name: &'static str, model: String },
     #[error(transparent)]
+    Simulated(#[from] SimulatedError),
+    #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
     Log(#[from] LogError),
@@ -200,6 +206,8 @@ impl ModelSettings {
     fn new(typed: &Typed) -> Result<Self, SettingsError> {
         let format = match typed.load_format {
             Some(args::LoadFormat::Dummy) => LoadFormat::Dummy,
+            // A simulated device needs the shape alone.
+            _ if typed.device == Some(args::Device::Sim) => LoadFormat::Dummy,
             Some(args::LoadFormat::Auto) | None => LoadFormat::Auto,
         };
         let source = ModelSource::parse(typed.model.as_deref(), format, typed.revision.as_deref())?;
@@ -297,6 +305,7 @@ impl EngineSettings {
         let device = match typed.device {
             Some(args::Device::Cuda) => DeviceChoice::Cuda,
             Some(args::Device::Cpu) => DeviceChoice::Cpu,
+            Some(args::Device::Sim) => DeviceChoice::Sim,
             Some(args::Device::Auto) | None => DeviceChoice::Auto,
         };
         refuse_other_device(typed, device)?;
@@ -305,6 +314,7 @@ impl EngineSettings {
         let settings = Self {
             device,
             gpu: GpuSettings::new(typed, kv_size)?,
+            simulated: SimulatedSettings::new(typed)?.map(Box::new),
             kind: EngineKind::Paged,
             threads,
             block_size,
@@ -381,6 +391,7 @@ fn refuse_other_device(typed: &Typed, device: DeviceChoice) -> Result<(), Settin
         DeviceChoice::Auto => return Ok(()),
         DeviceChoice::Cpu => (given(of_gpu()), "cpu", "it is for GPUs"),
         DeviceChoice::Cuda => (given(of_cpu()), "cuda", "it is for the CPU"),
+        DeviceChoice::Sim => (given(of_weights(typed)), "sim", "which computes nothing"),
     };
     match found {
         Some((name, value)) => Err(SettingsError::OtherDevice { name, value, device, reason }),
@@ -398,6 +409,17 @@ fn of_gpu_alone(typed: &Typed) -> Vec<Given> {
         ("cuda-lib-dir", typed.cuda_lib_dir.as_ref().map(|folder| folder.display().to_string())),
         ("no-cuda-graphs", typed.no_cuda_graphs.map(|off| off.to_string())),
         ("no-overlap", typed.no_overlap.map(|off| off.to_string())),
+    ]
+}
+
+/// The settings of what is only simulated.
+fn of_weights(typed: &Typed) -> Vec<Given> {
+    vec![
+        ("threads", typed.threads.map(|threads| threads.to_string())),
+        ("engine", (typed.engine == Some(args::Engine::Naive)).then(|| "naive".to_owned())),
+        ("load-format", (typed.load_format == Some(args::LoadFormat::Auto)).then(|| "auto".to_owned())),
+        ("cuda-lib-dir", typed.cuda_lib_dir.as_ref().map(|folder| folder.display().to_string())),
+        ("no-cuda-graphs", typed.no_cuda_graphs.map(|off| off.to_string())),
     ]
 }
 

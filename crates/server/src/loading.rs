@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use servelab_engine::{Engine, EngineConfig};
-use servelab_telemetry::CacheConfig;
+use servelab_telemetry::{CacheConfig, Device};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admission::Admission;
@@ -61,6 +61,7 @@ fn load(options: ServerOptions, app: &App) -> Result<(Arc<Model>, EngineThread),
         eos_token_ids: loaded.eos_token_ids.into(),
         vocab_size: loaded.vocab_size,
         root: loaded.root,
+        device: loaded.device,
         defaults: loaded.sampling_defaults,
         engine: config.clone(),
         commands,
@@ -90,6 +91,15 @@ fn tell_metrics(app: &App, loaded: &LoadedModel) {
         prefix_cache: loaded.engine.prefix_cache,
     };
     let told = app.metrics.set_cache_config(cache);
+    let device = &loaded.device;
+    let told = told.and_then(|()| {
+        app.metrics.set_device(Device {
+            kind: &device.kind,
+            name: &device.name,
+            gpus: device.gpus,
+            speed: device.speed.as_deref().unwrap_or_default(),
+        })
+    });
     let told = told.and_then(|()| app.metrics.set_model_load(|stage| loaded.load_times.of(stage)));
     if let Err(error) = told {
         tracing::warn!(%error, "a metric of the loaded model is missing");

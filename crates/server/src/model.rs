@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use servelab_engine::{EngineConfig, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
 use servelab_text::{ChatInput, ChatTemplate, Tokenizer};
-use servelab_wire::{ChatMessage, CommonFields, FieldError};
+use servelab_wire::{ChatMessage, CommonFields, DeviceState, FieldError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +25,7 @@ pub struct Model {
     pub eos_token_ids: Arc<[TokenId]>,
     pub vocab_size: u32,
     pub root: String,
+    pub device: DeviceState,
     pub defaults: SamplingDefaults,
     /// As the engine runs it.
     pub engine: EngineConfig,
@@ -194,6 +195,9 @@ impl Model {
 
     fn request(&self, ask: &Ask<'_>, prompt: &TokenisedPrompt) -> Result<Request, ApiError> {
         let common = ask.common;
+        if self.device.simulated {
+            refuse_logits(ask)?;
+        }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         let prompt_tokens = u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX);
         let max_tokens = common.max_tokens.unwrap_or_else(|| self.room(prompt_tokens, common.n));
@@ -258,6 +262,24 @@ impl Model {
         self.check_token_ids(&common.stop_token_ids, "stop_token_ids")?;
         let own = if common.ignore_eos { &[] } else { &self.eos_token_ids[..] };
         Ok(own.iter().chain(&common.stop_token_ids).copied().collect())
+    }
+}
+
+/// What a simulated device cannot give.
+fn refuse_logits(ask: &Ask<'_>) -> Result<(), FieldError> {
+    let wanted = [
+        ("logprobs", ask.logprobs.is_some()),
+        ("prompt_logprobs", ask.prompt_logprobs.is_some()),
+        ("logit_bias", !ask.common.logit_bias.is_empty()),
+    ];
+    match wanted.iter().find(|(_, wanted)| *wanted) {
+        Some((field, _)) => Err(FieldError::new(
+            *field,
+            format!(
+                "{field} needs logits, and the device of this server is simulated and has none; leave it out"
+            ),
+        )),
+        None => Ok(()),
     }
 }
 

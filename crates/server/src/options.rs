@@ -7,6 +7,7 @@ use std::time::Duration;
 use servelab_engine::{EngineConfig, ModelRunner, TokenId};
 use servelab_telemetry::{LoadStage, Metrics, Secret};
 use servelab_text::{ChatTemplate, Tokenizer};
+use servelab_wire::DeviceState;
 
 /// The device side of a replica, behind the seam that the engine drives.
 pub type Runner = Box<dyn ModelRunner + Send>;
@@ -61,6 +62,8 @@ pub struct LoadedModel {
     pub root: String,
     /// From the checkpoint's `generation_config.json`; used where a request is silent, as vLLM does.
     pub sampling_defaults: SamplingDefaults,
+    /// What computes. A simulated one has no logits: requests for log-probabilities or with a bias are refused.
+    pub device: DeviceState,
     /// Element type of the KV cache, for the metrics, e.g. `bf16`.
     pub kv_dtype: String,
     /// How long the stages of loading took, for the metrics.

@@ -51,6 +51,19 @@ pub struct CacheConfig<'a> {
     pub prefix_cache: bool,
 }
 
+/// What computes, for `device_info`.
+#[derive(Clone, Copy, Debug)]
+pub struct Device<'a> {
+    /// `cpu`, `cuda` or `sim`.
+    pub kind: &'a str,
+    /// In words.
+    pub name: &'a str,
+    /// GPUs that share the model; 0 for a CPU.
+    pub gpus: u32,
+    /// How many times as fast as the device a simulated one is; empty for a real one.
+    pub speed: &'a str,
+}
+
 /// What the engine counts itself, read after a step. Counters count from the engine's start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineSample {
@@ -192,6 +205,22 @@ impl Metrics {
             ("enable_prefix_caching", if cache.prefix_cache { "True" } else { "False" }),
         ];
         register_info(&self.registry, &self.names, &names::CACHE_CONFIG_INFO, &labels)
+    }
+
+    /// Exports what computes, once it is known.
+    ///
+    /// # Errors
+    /// [`MetricsError::Register`] if it was exported before.
+    pub fn set_device(&self, device: Device<'_>) -> Result<(), MetricsError> {
+        let gpus = device.gpus.to_string();
+        let labels = [
+            ("device", device.kind),
+            ("device_name", device.name),
+            ("gpus", gpus.as_str()),
+            ("simulated", if device.kind == "sim" { "True" } else { "False" }),
+            ("speed", device.speed),
+        ];
+        register_info(&self.registry, &self.names, &names::DEVICE_INFO, &labels)
     }
 
     /// Exports how long the stages of loading the model took, once it is loaded.

@@ -105,6 +105,7 @@ table! {
     KV_CACHE_USAGE_PERC = gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold; 1 is full.");
     CACHE_CONFIG_INFO = gauge("cache_config_info", "Always 1; its labels tell the layout of the KV cache.");
     BUILD_INFO = gauge("build_info", "Always 1; its labels tell version and commit.");
+    DEVICE_INFO = gauge("device_info", "Always 1; its labels tell what computes, and whether it is simulated.");
     MODEL_LOAD_SECONDS = gauge("model_load_seconds", "Time that loading the model took, by stage.");
 
     PREFIX_CACHE_QUERIES = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");

@@ -29,7 +29,8 @@ pub use logprobs::{
 pub use message::{ChatMessage, Role};
 pub use models::{ModelCard, ModelList};
 pub use state::{
-    BlocksState, ConfigState, EngineState, PrefixCacheState, RunningState, StateSnapshot, WaitingState,
+    BlocksState, ConfigState, DeviceState, EngineState, PrefixCacheState, RunningState, StateSnapshot,
+    WaitingState,
 };
 pub use tokenize::{DetokenizeRequest, Detokenized, TokenizeInput, TokenizeRequest, Tokenized};
 pub use usage::{FinishReason, PromptTokensDetails, StopReason, Usage};

@@ -9,9 +9,28 @@ pub struct StateSnapshot {
     /// `loading`, `ready`, `draining` or `failed`.
     pub phase: String,
     pub uptime_seconds: f64,
+    /// Absent until the model is loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceState>,
     /// Absent, as all that follows, until the model is loaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineState>,
+}
+
+/// What computes. The same for the life of a replica.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// `cpu`, `cuda` or `sim`.
+    pub kind: String,
+    /// In words.
+    pub name: String,
+    /// GPUs that share the model; 0 for a CPU.
+    pub gpus: u32,
+    /// Nothing is computed: answers are a fixed text, and take the time that the device would.
+    pub simulated: bool,
+    /// How many times as fast as the device a simulated one is; `inf` for one that takes no time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<String>,
 }
 
 /// The engine between two steps.

@@ -207,7 +207,7 @@ pub struct ReportArgs {
     /// Something to keep with the figures, such as clocks=1980MHz; may be repeated.
     #[arg(long, value_name = "NAME=VALUE", help_heading = "Report")]
     pub metadata: Vec<String>,
-    /// Hardware under the model: a GPU (h100, h200, a100-80, l4, ...), a profile (TOML), or measured for this
+    /// Hardware under the model, with --offline --device sim in place of it: a GPU (h100, h200, a100-80, l4, ...), a profile (TOML), or measured for this
     /// machine. Puts what it allows beside what was measured.
     #[arg(long, value_name = "NAME|FILE", help_heading = "Report")]
     pub hardware: Option<String>,

@@ -141,6 +141,15 @@ fn offline_shape(
 /// If the model's files are not there, or are wrong.
 pub fn served_shape(model: &ModelSettings, engine: &EngineSettings) -> Result<ModelShape, LoadError> {
     let prepared = load::open(model)?;
+    if let Some(simulated) = &engine.simulated {
+        let (weights, keys_and_values) = (simulated.weight_dtype, simulated.kv_dtype);
+        return Ok(plan_command::shape_of(
+            &model.served_names[0],
+            prepared.config(),
+            weights,
+            keys_and_values,
+        ));
+    }
     let weights = match prepared.dtype() {
         WeightDtype::F32 => Dtype::F32,
         WeightDtype::F16 => Dtype::F16,

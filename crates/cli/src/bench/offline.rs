@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use servelab_bench::offline::{Offline, RealTime};
+use servelab_bench::offline::{Offline, RealTime, Time};
 use servelab_bench::prompt::{Pool, Writer};
 use servelab_bench::result::{ClientInfo, Endpoint, ModelInfo, TargetInfo};
 use servelab_engine::{Engine, ModelRunner};
 use servelab_server::{LoadError, LoadedModel};
+use servelab_sim::VirtualClock;
 use servelab_telemetry::LogFormat;
 
 use super::machine;
@@ -16,6 +18,7 @@ use super::{Error, Prepared};
 use crate::device;
 use crate::load::{self, Summary};
 use crate::settings::{EngineSettings, ModelSettings};
+use crate::simulated::Speed;
 
 /// Ids that prompts are drawn from: enough that no two prompts are alike by chance.
 const MAX_IDS: usize = 4096;
@@ -33,9 +36,11 @@ pub fn prepare(
     settings: &BenchSettings,
     model: &ModelSettings,
     engine: &EngineSettings,
-) -> Result<Prepared<Offline<Runner, RealTime>>, Error> {
+) -> Result<Prepared<Offline<Runner, EngineTime>>, Error> {
     // Only one program logs in this process.
     let _ = servelab_telemetry::init_logs(LogFormat::Human, LOG_LEVEL);
+    let (engine, time) = in_time(engine);
+    let engine = &engine;
     let device = device::choose(engine).map_err(|error| LoadError(error.to_string()))?;
     let opened = load::open(model)?;
     let (loaded, summary) = load::load(opened, model, engine, &device)?;
@@ -58,7 +63,7 @@ pub fn prepare(
         max_model_len: Some(loaded.engine.max_model_len),
     };
     let facts = facts(&summary);
-    let engine = loaded_engine(loaded)?;
+    let engine = loaded_engine(loaded, time)?;
     let client = ClientInfo { max_in_flight: settings.session.max_in_flight, ..machine::describe() };
     Ok(Prepared {
         target: engine,
@@ -71,9 +76,51 @@ pub fn prepare(
     })
 }
 
-fn loaded_engine(loaded: LoadedModel) -> Result<Offline<Runner, RealTime>, LoadError> {
+/// The settings with which a simulated device, if it is one, moves the clock that the load generator looks at.
+fn in_time(engine: &EngineSettings) -> (EngineSettings, EngineTime) {
+    let mut engine = engine.clone();
+    let Some(simulated) = &mut engine.simulated else { return (engine, EngineTime::Real(RealTime::start())) };
+    let clock = VirtualClock::default();
+    simulated.speed = Speed::Virtual(clock.clone());
+    (engine, EngineTime::Virtual { clock, origin: Duration::ZERO })
+}
+
+/// Time of the device: on the wall, or simulated.
+pub enum EngineTime {
+    Real(RealTime),
+    Virtual {
+        clock: VirtualClock,
+        /// The beginning of the repeat.
+        origin: Duration,
+    },
+}
+
+impl Time for EngineTime {
+    fn restart(&mut self) {
+        match self {
+            Self::Real(time) => time.restart(),
+            Self::Virtual { clock, origin } => *origin = clock.now(),
+        }
+    }
+
+    fn now(&self) -> Duration {
+        match self {
+            Self::Real(time) => time.now(),
+            Self::Virtual { clock, origin } => clock.now().saturating_sub(*origin),
+        }
+    }
+
+    fn wait_until(&mut self, at: Duration) {
+        match self {
+            Self::Real(time) => time.wait_until(at),
+            Self::Virtual { clock, origin } => clock.advance_to(*origin + at),
+        }
+    }
+}
+
+fn loaded_engine(loaded: LoadedModel, time: EngineTime) -> Result<Offline<Runner, EngineTime>, LoadError> {
     let engine = Engine::new(loaded.engine, loaded.runner).map_err(|error| LoadError(error.to_string()))?;
-    Ok(Offline::new(engine, RealTime::start(), loaded.eos_token_ids.into()))
+    Ok(Offline::new(engine, time, loaded.eos_token_ids.into()))
 }
 
 /// Tokens that are no special ones.

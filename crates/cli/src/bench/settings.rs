@@ -242,9 +242,13 @@ fn offline(command: &BenchCommand, workload: &Workload) -> Result<TargetSettings
     if workload.is_given {
         return Err(UsageError::NeedsServer(workload.name.clone()));
     }
+    let is_simulated = command.engine.device == Some(crate::args::Device::Sim);
     let serve = Typed {
         model: typed.model.clone(),
         seed: command.workload.seed,
+        // What is simulated is what the limits are of.
+        hardware: command.report.hardware.clone().filter(|_| is_simulated),
+        tp: command.report.gpus.filter(|_| is_simulated),
         // What is in flight is bounded by the load generator.
         max_waiting: Some(command.load.max_in_flight.unwrap_or(DEFAULT_MAX_IN_FLIGHT)),
         ..command.engine.typed()

@@ -162,6 +162,10 @@ fn prepare(command: &RunCommand) -> Result<(Subject, Circumstances), Error> {
     let gpu = match &chosen.device {
         OnDevice::Cpu => None,
         OnDevice::Cuda(gpu) => Some(gpu.info().clone()),
+        OnDevice::Sim(_) => {
+            let rule = "auto, cpu or cuda: what is simulated is not measured";
+            return Err(Error::Range { option: "device", value: "sim".to_owned(), rule });
+        }
     };
     let typed = typed(command, gpu.as_ref());
     let settings = Settings::new(typed.clone(), None)?;

@@ -23,7 +23,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> 
     Ok(([(header::CONTENT_TYPE, servelab_telemetry::CONTENT_TYPE)], text).into_response())
 }
 
-/// Also tells the sampling values of requests that name none.
+/// Also tells what computes, and the sampling values of requests that name none.
 pub async fn version(State(app): State<Arc<App>>) -> Json<Value> {
     let defaults = app.loaded_model().map(|model| {
         let defaults = model.defaults;
@@ -35,7 +35,12 @@ pub async fn version(State(app): State<Arc<App>>) -> Json<Value> {
             "repetition_penalty": defaults.repetition_penalty.unwrap_or(1.0),
         })
     });
-    Json(json!({"version": env!("CARGO_PKG_VERSION"), "default_sampling_params": defaults}))
+    let device = app.loaded_model().map(|model| &model.device);
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": device,
+        "default_sampling_params": defaults,
+    }))
 }
 
 pub async fn reset_prefix_cache(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
@@ -56,6 +61,7 @@ pub async fn state(State(app): State<Arc<App>>) -> Result<Json<StateSnapshot>, A
         model: app.model_name().to_owned(),
         phase: app.phase().name().to_owned(),
         uptime_seconds: app.clock.now().as_secs_f64(),
+        device: app.loaded_model().map(|model| model.device.clone()),
         engine,
     }))
 }

@@ -12,6 +12,7 @@ use servelab_engine::{
 use servelab_server::{LoadTimes, LoadedModel, SamplingDefaults, ServeError, Server, ServerOptions};
 use servelab_telemetry::{BuildInfo, Metrics, MetricsConfig, Secret};
 use servelab_text::{ChatTemplate, Tokenizer};
+use servelab_wire::DeviceState;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -159,6 +160,7 @@ pub struct Setup {
     pub drain_timeout: Duration,
     pub stall_timeout: Duration,
     pub defaults: SamplingDefaults,
+    pub device: DeviceState,
     pub template: Option<&'static str>,
     pub script: Vec<u32>,
     pub step_time: Duration,
@@ -186,6 +188,7 @@ impl Default for Setup {
             drain_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(600),
             defaults: SamplingDefaults { temperature: Some(0.0), ..SamplingDefaults::default() },
+            device: DeviceState { kind: "cpu".into(), name: "cpu".into(), ..DeviceState::default() },
             template: Some(TEMPLATE),
             script: text_tokens("Hello wörld. "),
             step_time: Duration::ZERO,
@@ -374,6 +377,7 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
                 vocab_size: VOCAB,
                 root: "models/bytes".into(),
                 sampling_defaults: setup.defaults,
+                device: setup.device,
                 kv_dtype: "f32".into(),
                 load_times: LoadTimes::default(),
             })
