@@ -55,14 +55,21 @@ fn converse(mut stream: TcpStream, schedule: Schedule) -> Result<(), Failure> {
                 plain(&mut stream, "200 OK", &json!({"object": "list", "data": [model]}))?;
             }
             "/ready" | "/health" => plain(&mut stream, "200 OK", &json!({}))?,
-            _ => plain(&mut stream, "404 Not Found", &json!({"error": {"message": "there is no such path"}}))?,
+            _ => {
+                plain(&mut stream, "404 Not Found", &json!({"error": {"message": "there is no such path"}}))?
+            }
         }
     }
     Ok(())
 }
 
 /// Streams an answer. The last token carries the reason to finish, and the usage follows at once.
-fn answer(stream: &mut TcpStream, body: &Value, received: Instant, schedule: Schedule) -> Result<(), Failure> {
+fn answer(
+    stream: &mut TcpStream,
+    body: &Value,
+    received: Instant,
+    schedule: Schedule,
+) -> Result<(), Failure> {
     let tokens = ["max_tokens", "max_completion_tokens"].iter().find_map(|name| body[name].as_u64());
     let tokens = u32::try_from(tokens.unwrap_or(16))?.max(1);
     let head =

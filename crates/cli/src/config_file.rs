@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_is_named() {
-        let error = read(Path::new("no/such/lab.toml")).unwrap_err().to_string();
+        let error = read::<Typed>(Path::new("no/such/lab.toml")).unwrap_err().to_string();
         assert!(error.starts_with("cannot read no/such/lab.toml: "), "{error}");
     }
 }

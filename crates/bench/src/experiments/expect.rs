@@ -91,6 +91,17 @@ pub struct Prefill<'a> {
 impl Prefill<'_> {
     /// Seconds at every FLOP, attention included.
     pub fn floor_seconds(self, cached_tokens: u32, uncached_tokens: u32) -> f64 {
+        self.products_seconds(uncached_tokens) + self.attention_seconds(cached_tokens, uncached_tokens)
+    }
+
+    /// The part that grows with the tokens.
+    pub fn products_seconds(self, uncached_tokens: u32) -> f64 {
+        let parameters = self.shape.streamed_parameters() as f64;
+        f64::from(uncached_tokens) * prefill_gpu_seconds_per_token(parameters, self.flops_per_second)
+    }
+
+    /// The part that grows with their square.
+    pub fn attention_seconds(self, cached_tokens: u32, uncached_tokens: u32) -> f64 {
         let attention = PromptAttention {
             layers: self.shape.layers,
             heads: self.shape.heads,
@@ -98,9 +109,7 @@ impl Prefill<'_> {
             cached_tokens: f64::from(cached_tokens),
             uncached_tokens: f64::from(uncached_tokens),
         };
-        let parameters = self.shape.streamed_parameters() as f64;
-        f64::from(uncached_tokens) * prefill_gpu_seconds_per_token(parameters, self.flops_per_second)
-            + causal_attention_gpu_seconds(attention, self.flops_per_second)
+        causal_attention_gpu_seconds(attention, self.flops_per_second)
     }
 }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::expect::Prefill;
 use super::measurement::{Finding, Interval, Prediction, PredictionKind};
+use super::mfu::Mfu;
 use super::replica::{Launcher, Replica};
 use super::{ExperimentError, ExperimentId};
 use crate::arrivals::ArrivalShape;
@@ -72,8 +73,8 @@ pub struct Pace {
     pub overhead_seconds: f64,
     /// Of short prompts, the mean.
     pub prefill_seconds_per_token: f64,
-    /// F5 over what it really took.
-    pub mfu: f64,
+    /// What F5 reaches here.
+    pub mfu: Mfu,
 }
 
 /// A prediction that was said; what it is of comes in the finding.

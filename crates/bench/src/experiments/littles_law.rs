@@ -17,8 +17,9 @@ use crate::run::LoadShape;
 use crate::stats;
 
 const INPUT_TOKENS: u32 = 32;
-/// Some of them meet, and the server is not full.
-const WANTED_IN_FLIGHT: f64 = 1.5;
+/// Some of them meet. With more of them, a server that is a little slower than it was looked at is a crowded one, and
+/// the prediction is worth nothing.
+const WANTED_IN_FLIGHT: f64 = 0.75;
 const RESIDENCE_SECONDS: f64 = 0.25;
 const SECONDS: f64 = 8.0;
 

@@ -9,6 +9,7 @@ mod kv_bytes;
 mod lab;
 mod littles_law;
 mod measurement;
+mod mfu;
 mod naive;
 mod pace;
 mod prefix_hit;

@@ -10,7 +10,6 @@ use super::expect::Curve;
 use super::lab::{Lab, Shape};
 use super::measurement::PredictionKind;
 use crate::ledger::Unit;
-use crate::ledger::unit::percent;
 use crate::measure::Tally;
 use crate::phases::{Extent, PhasePlan};
 use crate::run::LoadShape;
@@ -27,14 +26,14 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
     let context_tokens = f64::from(INPUT_TOKENS) + f64::from(shape.output_tokens) / 2.0;
     let curve = Curve { model: lab.decode_model(), gpus: lab.gpus()?, context_tokens };
     let pace = lab.pace().await?;
-    let prefill = lab.prefill()?.floor_seconds(0, INPUT_TOKENS) / pace.mfu;
+    let prefill = pace.mfu.prefill_seconds(lab.prefill()?, 0, INPUT_TOKENS);
     let rate = |clients| curve.output_rate(clients, prefill, shape.output_tokens);
     let gain = rate(CLIENTS) / rate(1);
     let because = format!(
         "F6 with F3 at B={CLIENTS} over B=1: {} / {} tok/s, prompts of {INPUT_TOKENS} at an MFU of {} included",
         short(rate(CLIENTS)),
         short(rate(1)),
-        percent(pace.mfu)
+        pace.mfu
     );
     let kind = PredictionKind::Equal;
     let label = format!("paged, {CLIENTS} clients over 1");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::ExperimentError;
 use super::lab::{Lab, Pace, Shape};
+use super::mfu::{Growth, Mfu};
 use super::window::steady;
 use crate::client::Observed;
 use crate::stats;
@@ -11,13 +12,16 @@ use crate::stats;
 const REPEATS: u32 = 7;
 const SHORT_PROMPT: u32 = 32;
 const LONG_PROMPT: u32 = 256;
+/// Whose attention shows.
+const LONGER_PROMPT: u32 = 1024;
+const LONGER_REPEATS: u32 = 3;
 const OUTPUT: u32 = 32;
 /// Sequences that decode together.
 const FEW: u32 = 4;
 const FEW_OUTPUT: u32 = 96;
 const FEW_REPEATS: u32 = 3;
 
-/// First tokens of short and of longer prompts, which lie on a line, and the gaps of an answer.
+/// First tokens of short and of longer prompts, and the gaps of an answer.
 pub async fn measure(lab: &mut Lab<'_>) -> Result<Pace, ExperimentError> {
     let wanted = SHORT_PROMPT + OUTPUT;
     if lab.max_model_len() < 2 * wanted {
@@ -39,14 +43,22 @@ pub async fn measure(lab: &mut Lab<'_>) -> Result<Pace, ExperimentError> {
         return Err(ExperimentError::DoesNotStand(told));
     }
     let per_token = more_seconds / f64::from(long - SHORT_PROMPT);
-    let prefill = lab.prefill()?;
-    let more_floor = prefill.floor_seconds(0, long) - prefill.floor_seconds(0, SHORT_PROMPT);
+    let longer = LONGER_PROMPT.min(lab.max_model_len() - 1).max(long);
+    let mut longer_seconds = Vec::new();
+    for _ in 0..LONGER_REPEATS {
+        longer_seconds.push(ttft(&answer(lab, longer, 1).await?));
+    }
+    let near = Growth { from_tokens: SHORT_PROMPT, to_tokens: long, more_seconds };
+    let far_seconds = median(&mut longer_seconds) - short - more_seconds;
+    let far = Growth { from_tokens: long, to_tokens: longer, more_seconds: far_seconds };
+    let far = if longer > long && far_seconds > 0.0 { far } else { near };
+    let mfu = Mfu::fitted(lab.prefill()?, near, far);
     Ok(Pace {
         step_seconds: step,
         step_more_seconds: ((few_step(lab).await? - step) / f64::from(FEW - 1)).max(0.0),
         overhead_seconds: (short - f64::from(SHORT_PROMPT) * per_token).max(0.0),
         prefill_seconds_per_token: per_token,
-        mfu: more_floor / more_seconds,
+        mfu,
     })
 }
 

@@ -8,7 +8,6 @@ use super::measurement::{Interval, PredictionKind};
 use super::pace::{median, ttft};
 use crate::client::Observed;
 use crate::ledger::Unit;
-use crate::ledger::unit::percent;
 use crate::prompt::Segment;
 use crate::stats;
 
@@ -49,7 +48,7 @@ fn predict(lab: &mut Lab<'_>, pace: Pace) -> Result<Said, ExperimentError> {
     let total = CACHED_TOKENS + OWN_TOKENS;
     let prefill = lab.prefill()?;
     // F8 with the attention of F5: the tokens of a hit attend to those in the cache.
-    let ttft = |cached, uncached| pace.overhead_seconds + prefill.floor_seconds(cached, uncached) / pace.mfu;
+    let ttft = |cached, uncached| pace.overhead_seconds + pace.mfu.prefill_seconds(prefill, cached, uncached);
     let (hit, miss) = (ttft(CACHED_TOKENS, OWN_TOKENS), ttft(0, total));
     Ok(lab.predict(
         "hit_ratio",
@@ -58,11 +57,11 @@ fn predict(lab: &mut Lab<'_>, pace: Pace) -> Result<Said, ExperimentError> {
         PredictionKind::Equal,
         hit / miss,
         format!(
-            "F8: {} / {}, each an overhead of {} and F5 with attention at an MFU of {}, as of short prompts",
+            "F8: {} / {}, each an overhead of {} and F5 at an MFU of {}",
             seconds(hit),
             seconds(miss),
             seconds(pace.overhead_seconds),
-            percent(pace.mfu)
+            pace.mfu
         ),
     ))
 }

@@ -14,7 +14,6 @@ use super::measurement::PredictionKind;
 use super::pace::{median, ttft};
 use crate::client::{Client, Failure, Observed, Outgoing};
 use crate::ledger::Unit;
-use crate::ledger::unit::percent;
 use crate::live::Live;
 use crate::stats;
 
@@ -50,10 +49,11 @@ pub async fn run(lab: &mut Lab<'_>) -> Result<(), ExperimentError> {
     let room = MOST_PROMPT.min(lab.max_model_len() - 1);
     let prompt = Lab::fitting(PROMPT_SECONDS, pace.prefill_seconds_per_token, 4 * CHUNK_TOKENS, room);
     let prefill = lab.prefill()?;
-    let all = prefill.floor_seconds(0, prompt) / pace.mfu;
+    let all = pace.mfu.prefill_seconds(prefill, 0, prompt);
     // The last chunk attends to the whole prompt.
-    let part = prefill.floor_seconds(prompt - CHUNK_TOKENS, CHUNK_TOKENS) / pace.mfu + pace.step_seconds;
-    let mfu = percent(pace.mfu);
+    let last_chunk = pace.mfu.prefill_seconds(prefill, prompt - CHUNK_TOKENS, CHUNK_TOKENS);
+    let part = last_chunk + pace.step_seconds;
+    let mfu = pace.mfu;
     let in_one = format!("F5 of {} tokens at an MFU of {mfu}, in one step", whole(prompt.into()));
     let in_chunks = format!("F5 of the last {CHUNK_TOKENS} tokens at an MFU of {mfu}, and a decode step");
     let last = format!(
