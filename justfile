@@ -6,6 +6,8 @@ set positional-arguments
 # dependencies, and all of them would be compiled twice.
 
 export PYTHONDONTWRITEBYTECODE := "1"
+# Packages of the manifests' schemas bring a pytest plugin that wants more packages.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD := "1"
 
 # Python of the recipes that need one: a virtual environment with tests/openai_client/requirements.txt.
 python := env("SERVELAB_PYTHON", "python3")
