@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use servelab_bench::ledger::Ledger;
 use servelab_engine::{
     Engine, EngineConfig, Event, ModelRunner, Request, RequestId, RowOutput, RunnerError, SamplingParams,
     Step, StepOutput, StopConditions, TokenId, Want,
 };
 use servelab_router::choice::load::Report;
 use servelab_router::choice::rates::Counters;
-use servelab_sim::{HardwareProfile, ModelShape, Roofline, SequenceWork};
+use servelab_sim::{HardwareProfile, Roofline, SequenceWork};
 
 /// What a device reaches of its peaks, and what a step costs besides.
 #[derive(Clone, Copy, Debug)]
@@ -33,28 +34,14 @@ impl ReplicaKind {
     /// Llama 3.1 8B in bf16 on one H100, vLLM's batch of 8,192 tokens a step. The KV cache has what is left of nine
     /// tenths of the memory.
     pub fn llama_8b_on_h100() -> Self {
-        let shape = ModelShape {
-            name: "llama-3.1-8b".to_owned(),
-            layers: 32,
-            hidden: 4096,
-            heads: 32,
-            kv_heads: 8,
-            head_dim: 128,
-            intermediate: 14_336,
-            vocabulary: 128_256,
-            tied_embeddings: false,
-            max_context_tokens: 131_072,
-            sliding_window: None,
-            parameters: 8_030_261_248,
-            weight_dtype: servelab_sim::Dtype::Bf16,
-            kv_dtype: servelab_sim::Dtype::Bf16,
-        };
+        let ledger = Ledger::load().expect("a test reads it");
+        let shape = &ledger.models["llama-3.1-8b"];
         let hardware = HardwareProfile::named("h100").expect("it is in the crate's data");
         let kv_bytes = 0.9 * hardware.memory_bytes - shape.weight_bytes();
         let block_size = 16;
         let num_blocks = kv_bytes / shape.kv_bytes_per_token() / f64::from(block_size);
         Self {
-            roofline: Roofline::new(&shape, &hardware, 1).expect("the model fits on one"),
+            roofline: Roofline::new(shape, &hardware, 1).expect("the model fits on one"),
             efficiency: Efficiency { share: 0.6, overhead_seconds: 0.0005 },
             engine: EngineConfig {
                 block_size,
@@ -77,14 +64,9 @@ struct Device {
 
 impl ModelRunner for Device {
     fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
-        let sampled = |end: usize| step.rows.iter().any(|row| row.row + 1 == end);
-        let work = step.sequences.iter().map(|sequence| SequenceWork {
-            cached_tokens: u64::from(sequence.context_len) - sequence.tokens.len() as u64,
-            new_tokens: sequence.tokens.len() as u64,
-            logits_rows: u64::from(sampled(sequence.tokens.end)),
-        });
         let Efficiency { share, overhead_seconds } = self.kind.efficiency;
-        self.step_seconds = self.kind.roofline.step(work).floor_seconds() / share + overhead_seconds;
+        self.step_seconds =
+            self.kind.roofline.step(SequenceWork::of(step)).floor_seconds() / share + overhead_seconds;
         Ok(StepOutput { rows: step.rows.iter().map(|row| answer(&row.want)).collect() })
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use servelab_engine::{
     Engine, Event, FinishReason, ModelRunner, Request, RequestId, SamplingParams, StopConditions, TokenId,
 };
+use servelab_sim::VirtualClock;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -53,6 +54,35 @@ impl Time for RealTime {
 
     fn wait_until(&mut self, at: Duration) {
         std::thread::sleep(at.saturating_sub(self.0.now()));
+    }
+}
+
+/// The time of a simulated device, which its steps and the loop's waits move on.
+#[derive(Clone, Debug, Default)]
+pub struct VirtualTime {
+    clock: VirtualClock,
+    /// The beginning of the repeat.
+    origin: Duration,
+}
+
+impl VirtualTime {
+    /// As `clock` shows it, which the device moves on too.
+    pub fn of(clock: VirtualClock) -> Self {
+        Self { clock, origin: Duration::ZERO }
+    }
+}
+
+impl Time for VirtualTime {
+    fn restart(&mut self) {
+        self.origin = self.clock.now();
+    }
+
+    fn now(&self) -> Duration {
+        self.clock.now().saturating_sub(self.origin)
+    }
+
+    fn wait_until(&mut self, at: Duration) {
+        self.clock.advance_to(self.origin + at);
     }
 }
 
@@ -446,9 +476,6 @@ impl Active {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-    use std::rc::Rc;
-
     use servelab_engine::{EngineConfig, FakeRunner, RunnerError, Step, StepOutput};
 
     use super::*;
@@ -461,33 +488,17 @@ mod tests {
     use crate::session::{Loads, Observer, Session, Settings};
     use crate::workload::{Workload, WorkloadOptions};
 
-    /// A clock that only steps and waits move.
-    #[derive(Clone, Default)]
-    struct Virtual(Rc<Cell<Duration>>);
-
-    impl Time for Virtual {
-        fn restart(&mut self) {
-            self.0.set(Duration::ZERO);
-        }
-        fn now(&self) -> Duration {
-            self.0.get()
-        }
-        fn wait_until(&mut self, at: Duration) {
-            self.0.set(self.0.get().max(at));
-        }
-    }
-
     /// Every step takes 10 ms.
-    struct Steady(FakeRunner, Virtual);
+    struct Steady(FakeRunner, VirtualClock);
 
     impl ModelRunner for Steady {
         fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
-            self.1.0.set(self.1.0.get() + Duration::from_millis(10));
+            self.1.advance_to(self.1.now() + Duration::from_millis(10));
             self.0.run(step)
         }
     }
 
-    fn offline() -> Offline<Steady, Virtual> {
+    fn offline() -> Offline<Steady, VirtualTime> {
         let config = EngineConfig {
             block_size: 16,
             num_blocks: 256,
@@ -497,8 +508,9 @@ mod tests {
             max_waiting: 64,
             prefix_cache: true,
         };
-        let time = Virtual::default();
-        let runner = Steady(FakeRunner::new(256, 16, 1000), time.clone());
+        let clock = VirtualClock::default();
+        let runner = Steady(FakeRunner::new(256, 16, 1000), clock.clone());
+        let time = VirtualTime::of(clock);
         Offline::new(Engine::new(config, runner).unwrap(), time, Arc::default())
     }
 
@@ -529,7 +541,7 @@ mod tests {
         RunPlan { shape, phases, max_in_flight: 100, seed: 1 }
     }
 
-    fn run(target: &mut Offline<Steady, Virtual>, jobs: Vec<Job>, plan: &RunPlan) -> RunLog {
+    fn run(target: &mut Offline<Steady, VirtualTime>, jobs: Vec<Job>, plan: &RunPlan) -> RunLog {
         target.time.restart();
         let (writer, live) = (writer(), Live::default());
         let log = Loop::new(target, &writer, Box::new(jobs.into_iter()), plan, &live)

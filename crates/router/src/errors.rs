@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use servelab_front::KeyError;
+use servelab_front::{BodyError, KeyError};
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType};
 
 use crate::limits::{Kind, Refused};
@@ -65,6 +65,16 @@ pub enum RouterError {
     /// A fault of this program; the text goes to the log.
     #[error("the router failed; the log has the details under this request's x-request-id")]
     Internal(String),
+}
+
+impl From<BodyError> for RouterError {
+    fn from(error: BodyError) -> Self {
+        match error {
+            BodyError::TooLarge { limit } => Self::TooLarge { limit },
+            BodyError::Slow(limit) => Self::BodySlow(limit),
+            BodyError::Broken(how) => Self::BodyBroken(how),
+        }
+    }
 }
 
 impl RouterError {

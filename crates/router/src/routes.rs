@@ -1,22 +1,20 @@
 //! The router's own routes, and the one behind which all others are the replicas'.
 
 use std::any::Any;
-use std::error::Error;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Query, Request, State};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use http_body_util::LengthLimitError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use servelab_front::request_id::with_request_id;
+use servelab_front::{body, panics};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::app::App;
@@ -26,8 +24,6 @@ use crate::prompt::{self, Asked};
 use crate::proxy::{self, AnswerOf, Incoming};
 use crate::replicas::address::Address;
 
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Tells an answer that was given before.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
@@ -103,7 +99,7 @@ async fn remove_replica(State(app): State<Arc<App>>, request: Request) -> Result
 async fn named(app: &App, request: Request) -> Result<Address, RouterError> {
     let (parts, body) = request.into_parts();
     app.check_admin(&parts.headers)?;
-    let body = read_body(&parts.headers, body, 64 << 10).await?;
+    let body = body::read(&parts.headers, body, 64 << 10).await?;
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let wanted = || RouterError::BadRequest("send {\"url\": \"http://HOST:PORT\"}".to_owned());
     let url = body.get("url").and_then(Value::as_str).ok_or_else(wanted)?;
@@ -118,7 +114,7 @@ async fn forward(State(app): State<Arc<App>>, request: Request) -> Result<Respon
     }
     let (parts, body) = request.into_parts();
     let key = app.key(&parts.headers)?;
-    let body = read_body(&parts.headers, body, app.max_body_bytes).await?;
+    let body = body::read(&parts.headers, body, app.max_body_bytes).await?;
     let began = Instant::now();
     let incoming = Incoming { parts, body, key };
     let asked = proxy::asked(&incoming).await;
@@ -197,25 +193,6 @@ fn replay(app: &App, stored: &Stored) -> Response {
     response
 }
 
-async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, RouterError> {
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > limit as u64) {
-        return Err(RouterError::TooLarge { limit });
-    }
-    let too_long = |error: &axum::Error| error.source().is_some_and(|source| source.is::<LengthLimitError>());
-    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, limit)).await {
-        Err(_) => Err(RouterError::BodySlow(BODY_TIMEOUT)),
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if too_long(&error) => Err(RouterError::TooLarge { limit }),
-        Ok(Err(error)) => Err(RouterError::BodyBroken(error.to_string())),
-    }
-}
-
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    RouterError::Internal(format!("a handler panicked: {text}")).into_response()
+    RouterError::Internal(panics::describe(&*panic)).into_response()
 }

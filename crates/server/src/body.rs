@@ -1,18 +1,13 @@
 //! The body of a request: bounded, in time, and JSON.
 
-use std::error::Error;
-use std::time::Duration;
-
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use http::{HeaderMap, header};
-use http_body_util::LengthLimitError;
 use serde_json::Value;
+use servelab_front::body::read;
 
 use crate::blocking::Blocking;
 use crate::errors::ApiError;
 
-/// How long a body may take to arrive: a client that sends a byte a minute must not hold a task for ever.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Larger bodies are parsed off the async threads.
 const PARSE_INLINE_BYTES: usize = 64 * 1024;
 
@@ -27,7 +22,7 @@ pub async fn json(
     blocking: &Blocking,
 ) -> Result<Value, ApiError> {
     check_content_type(headers)?;
-    let bytes = bytes(headers, body, limit).await?;
+    let bytes = read(headers, body, limit).await?;
     if bytes.len() <= PARSE_INLINE_BYTES { parse(&bytes) } else { blocking.run(move || parse(&bytes)).await }
 }
 
@@ -49,22 +44,4 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let given = given.map_or_else(|| "missing".to_owned(), |given| given.chars().take(100).collect());
     Err(ApiError::ContentType { given })
-}
-
-async fn bytes(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > limit as u64) {
-        return Err(ApiError::TooLarge { limit });
-    }
-    let read = axum::body::to_bytes(body, limit);
-    match tokio::time::timeout(BODY_TIMEOUT, read).await {
-        Err(_) => Err(ApiError::BodySlow(BODY_TIMEOUT)),
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if too_long(&error) => Err(ApiError::TooLarge { limit }),
-        Ok(Err(error)) => Err(ApiError::BodyBroken(error.to_string())),
-    }
-}
-
-fn too_long(error: &axum::Error) -> bool {
-    error.source().is_some_and(|source| source.is::<LengthLimitError>())
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use servelab_engine::AdmissionError;
-use servelab_front::KeyError;
+use servelab_front::{BodyError, KeyError};
 use servelab_text::TextError;
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType, FieldError};
 
@@ -76,6 +76,16 @@ struct Shape {
     status: StatusCode,
     kind: ErrorType,
     code: Option<&'static str>,
+}
+
+impl From<BodyError> for ApiError {
+    fn from(error: BodyError) -> Self {
+        match error {
+            BodyError::TooLarge { limit } => Self::TooLarge { limit },
+            BodyError::Slow(limit) => Self::BodySlow(limit),
+            BodyError::Broken(how) => Self::BodyBroken(how),
+        }
+    }
 }
 
 impl ApiError {

@@ -67,7 +67,7 @@ impl SimulatedDevice {
 
     /// Takes a step: its answers, and when they are there.
     fn begin(&mut self, step: &Step) -> Result<(Duration, StepOutput), RunnerError> {
-        let seconds = self.cost.step_seconds(step.sequences.iter().map(|sequence| work(step, sequence)));
+        let seconds = self.cost.step_seconds(SequenceWork::of(step));
         let output = self.answer(step)?;
         let from = self.pace.now().max(self.free_at);
         self.free_at = from + self.pace.duration(seconds);
@@ -132,18 +132,6 @@ fn answer_seed(prompt: u64, draw: &Draw) -> u64 {
         seed = mix(seed, u64::from(draw.choice) + 1);
     }
     seed
-}
-
-fn work(step: &Step, sequence: &StepSequence) -> SequenceWork {
-    let new_tokens = sequence.tokens.len() as u64;
-    // Rows ascend: whoever has the last token of a sequence wants its logits.
-    let last = sequence.tokens.end.saturating_sub(1);
-    let wanted = step.rows.binary_search_by_key(&last, |row| row.row).is_ok();
-    SequenceWork {
-        cached_tokens: u64::from(sequence.context_len).saturating_sub(new_tokens),
-        new_tokens,
-        logits_rows: u64::from(wanted),
-    }
 }
 
 impl ModelRunner for SimulatedDevice {

@@ -6,6 +6,7 @@
 //! the three limits may overlap perfectly: this is a floor, not a prediction.)
 
 use serde::Serialize;
+use servelab_engine::Step;
 
 use crate::hardware::{HardwareError, HardwareProfile};
 use crate::shape::ModelShape;
@@ -60,6 +61,21 @@ impl SequenceWork {
     /// The rest of a prompt, after which the first token is sampled.
     pub fn prefill(cached_tokens: u64, new_tokens: u64) -> Self {
         Self { cached_tokens, new_tokens, logits_rows: 1 }
+    }
+
+    /// What each sequence of a step computes.
+    pub fn of(step: &Step) -> impl Iterator<Item = Self> {
+        step.sequences.iter().map(|sequence| {
+            let new_tokens = sequence.tokens.len() as u64;
+            // Rows ascend: whoever has the last token of a sequence wants its logits.
+            let last = sequence.tokens.end.saturating_sub(1);
+            let wanted = step.rows.binary_search_by_key(&last, |row| row.row).is_ok();
+            Self {
+                cached_tokens: u64::from(sequence.context_len).saturating_sub(new_tokens),
+                new_tokens,
+                logits_rows: u64::from(wanted),
+            }
+        })
     }
 
     /// A part of a prompt that does not end it.

@@ -1,10 +1,8 @@
 //! Results to report on: benchmarks of the real engine on a GPU that only tells how long it would take, in virtual
 //! time. Nothing depends on this machine, so that a report of them is the same everywhere.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +10,7 @@ use servelab_bench::arrivals::ArrivalShape;
 use servelab_bench::find_rate::FindRate;
 use servelab_bench::limits;
 use servelab_bench::live::Live;
-use servelab_bench::offline::{Offline, Time};
+use servelab_bench::offline::{Offline, VirtualTime};
 use servelab_bench::phases::Extent;
 use servelab_bench::prompt::{Pool, Writer};
 use servelab_bench::report::Details;
@@ -26,33 +24,17 @@ use servelab_bench::session::{Loads, Observer, Session, Settings};
 use servelab_bench::workload::lengths::Span;
 use servelab_bench::workload::{Workload, WorkloadOptions};
 use servelab_engine::{Engine, EngineConfig, ModelRunner, RowOutput, RunnerError, Step, StepOutput};
-use servelab_sim::{Dtype, HardwareProfile, ModelShape, Roofline, SequenceWork};
+use servelab_sim::{Dtype, HardwareProfile, ModelShape, Roofline, SequenceWork, VirtualClock};
 use tokio_util::sync::CancellationToken;
 
 /// How much longer than its floor a step takes, and what it takes besides.
 const FACTOR: f64 = 1.45;
 const OVERHEAD_SECONDS: f64 = 0.0006;
 
-/// Moved by steps and waits only.
-#[derive(Clone, Default)]
-struct Virtual(Rc<Cell<Duration>>);
-
-impl Time for Virtual {
-    fn restart(&mut self) {
-        self.0.set(Duration::ZERO);
-    }
-    fn now(&self) -> Duration {
-        self.0.get()
-    }
-    fn wait_until(&mut self, at: Duration) {
-        self.0.set(self.0.get().max(at));
-    }
-}
-
 /// Answers with nothing, after the time that a GPU would take.
 struct Timed {
     roofline: Roofline,
-    time: Virtual,
+    clock: VirtualClock,
 }
 
 impl ModelRunner for Timed {
@@ -66,7 +48,7 @@ impl ModelRunner for Timed {
             }
         });
         let seconds = FACTOR * self.roofline.step(work).floor_seconds() + OVERHEAD_SECONDS;
-        self.time.0.set(self.time.0.get() + Duration::from_secs_f64(seconds));
+        self.clock.advance_to(self.clock.now() + Duration::from_secs_f64(seconds));
         let row = |_| RowOutput { token: 7, logprobs: None };
         Ok(StepOutput { rows: step.rows.iter().map(row).collect() })
     }
@@ -181,7 +163,7 @@ fn run(settings: &Settings, (input, output): Lengths) -> (BenchResult, Details) 
     (result, details)
 }
 
-fn target(roofline: Roofline) -> Offline<Timed, Virtual> {
+fn target(roofline: Roofline) -> Offline<Timed, VirtualTime> {
     let config = EngineConfig {
         block_size: 16,
         num_blocks: 32_768,
@@ -191,8 +173,9 @@ fn target(roofline: Roofline) -> Offline<Timed, Virtual> {
         max_waiting: 4096,
         prefix_cache: false,
     };
-    let time = Virtual::default();
-    Offline::new(Engine::new(config, Timed { roofline, time: time.clone() }).unwrap(), time, Arc::default())
+    let clock = VirtualClock::default();
+    let engine = Engine::new(config, Timed { roofline, clock: clock.clone() }).unwrap();
+    Offline::new(engine, VirtualTime::of(clock), Arc::default())
 }
 
 fn writer() -> Writer {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use servelab_bench::offline::{Offline, RealTime, Time};
+use servelab_bench::offline::{Offline, RealTime, Time, VirtualTime};
 use servelab_bench::prompt::{Pool, Writer};
 use servelab_bench::result::{ClientInfo, Endpoint, ModelInfo, TargetInfo};
 use servelab_engine::{Engine, ModelRunner};
@@ -82,38 +82,34 @@ fn in_time(engine: &EngineSettings) -> (EngineSettings, EngineTime) {
     let Some(simulated) = &mut engine.simulated else { return (engine, EngineTime::Real(RealTime::start())) };
     let clock = VirtualClock::default();
     simulated.speed = Speed::Virtual(clock.clone());
-    (engine, EngineTime::Virtual { clock, origin: Duration::ZERO })
+    (engine, EngineTime::Virtual(VirtualTime::of(clock)))
 }
 
 /// Time of the device: on the wall, or simulated.
 pub enum EngineTime {
     Real(RealTime),
-    Virtual {
-        clock: VirtualClock,
-        /// The beginning of the repeat.
-        origin: Duration,
-    },
+    Virtual(VirtualTime),
 }
 
 impl Time for EngineTime {
     fn restart(&mut self) {
         match self {
             Self::Real(time) => time.restart(),
-            Self::Virtual { clock, origin } => *origin = clock.now(),
+            Self::Virtual(time) => time.restart(),
         }
     }
 
     fn now(&self) -> Duration {
         match self {
             Self::Real(time) => time.now(),
-            Self::Virtual { clock, origin } => clock.now().saturating_sub(*origin),
+            Self::Virtual(time) => time.now(),
         }
     }
 
     fn wait_until(&mut self, at: Duration) {
         match self {
             Self::Real(time) => time.wait_until(at),
-            Self::Virtual { clock, origin } => clock.advance_to(*origin + at),
+            Self::Virtual(time) => time.wait_until(at),
         }
     }
 }

@@ -16,6 +16,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http::{Method, Uri};
+use servelab_front::panics;
 use servelab_front::request_id::with_request_id;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -95,12 +96,7 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    ApiError::Internal(format!("a handler panicked: {text}")).into_response()
+    ApiError::Internal(panics::describe(&*panic)).into_response()
 }
 
 #[cfg(test)]
