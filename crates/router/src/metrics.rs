@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry as Series, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry as Series, TextEncoder,
 };
+use servelab_telemetry::names::{Kind, Metric, router as names};
 
 use crate::choice::policy::{Policy, Reason};
 use crate::replicas::registry::ReplicaView;
@@ -66,12 +67,6 @@ impl Fault {
     }
 }
 
-/// Seconds; the router adds microseconds, and waiting takes minutes.
-const FINE: &[f64] =
-    &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0];
-const COARSE: &[f64] =
-    &[0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
-
 /// All series of one router.
 pub struct RouterMetrics {
     series: Series,
@@ -99,7 +94,7 @@ pub struct RouterMetrics {
     replica_in_flight: IntGaugeVec,
     breaker_state: IntGaugeVec,
     imbalance: Gauge,
-    replica_index_blocks: GaugeVec,
+    replica_index_blocks: IntGaugeVec,
 }
 
 impl RouterMetrics {
@@ -108,79 +103,31 @@ impl RouterMetrics {
     pub fn new(prefix: &str, policy: Policy) -> Result<Self, MetricsError> {
         let make = Make { series: Series::new(), prefix };
         let metrics = Self {
-            requests: make.counters("router_requests_total", "Requests, by how they ended.", &["outcome"])?,
-            faults: make.counters(
-                "router_faults_total",
-                "Attempts at a replica that gave no answer.",
-                &["fault"],
-            )?,
-            choices: make.counters(
-                "router_choices_total",
-                "Choices, by policy and reason.",
-                &["policy", "reason"],
-            )?,
-            retries: make.counter("router_retries_total", "Attempts after the first.")?,
-            retries_over_budget: make.counter(
-                "router_retries_over_budget_total",
-                "Attempts that were not made since too many were.",
-            )?,
-            hedges: make.counter("router_hedges_total", "Second attempts beside a slow first one.")?,
-            hedges_won: make.counter("router_hedges_won_total", "Such attempts that answered first.")?,
-            requests_held: make
-                .gauge("router_requests_held", "Requests that wait because no replica is ready.")?,
-            requests_waiting: make
-                .gauge("router_requests_waiting", "Requests that wait in the router, for whatever reason.")?,
-            requests_in_flight: make.gauge("router_requests_in_flight", "Requests inside the router.")?,
-            held_seconds: make.histogram("router_held_seconds", COARSE, "How long requests were held.")?,
-            decision_seconds: make.histogram(
-                "router_decision_seconds",
-                FINE,
-                "Reading the prompt and choosing a replica.",
-            )?,
-            added_latency_seconds: make.histogram(
-                "router_added_latency_seconds",
-                FINE,
-                "From the last byte of a request to its first attempt, without waiting.",
-            )?,
-            time_to_first_byte_seconds: make.histogram(
-                "router_time_to_first_byte_seconds",
-                COARSE,
-                "From sending a request to the first byte of its answer's body.",
-            )?,
-            prompt_tokens: make
-                .counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.")?,
-            predicted_hit_tokens: make.counter(
-                "router_predicted_hit_tokens_total",
-                "Prompt tokens that the replicas were expected to hold, by the router's count.",
-            )?,
-            confirmed_hit_tokens: make.counter(
-                "router_confirmed_hit_tokens_total",
-                "Prompt tokens that the replicas say they held.",
-            )?,
-            limited: make.counters("router_limited_total", "Requests refused by a limit.", &["limit"])?,
-            idempotent_answers: make.counter(
-                "router_idempotent_answers_total",
-                "Requests that got the answer of an earlier one.",
-            )?,
-            index_bytes: make.gauge("router_index_bytes", "Bytes that the index of prefixes takes.")?,
-            replicas: make.gauges("router_replicas", "Replicas, by health.", &["health"])?,
-            replica_in_flight: make.gauges(
-                "router_replica_in_flight",
-                "Requests in flight at a replica.",
-                &["replica"],
-            )?,
-            breaker_state: make.gauges(
-                "router_breaker_state",
-                "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.",
-                &["replica"],
-            )?,
-            imbalance: make
-                .float("router_imbalance", "Most requests in flight at a replica over the mean.")?,
-            replica_index_blocks: make.floats(
-                "router_replica_index_blocks",
-                "Blocks that a replica is believed to hold.",
-                &["replica"],
-            )?,
+            requests: make.counters(&names::REQUESTS, &["outcome"])?,
+            faults: make.counters(&names::FAULTS, &["fault"])?,
+            choices: make.counters(&names::CHOICES, &["policy", "reason"])?,
+            retries: make.counter(&names::RETRIES)?,
+            retries_over_budget: make.counter(&names::RETRIES_OVER_BUDGET)?,
+            hedges: make.counter(&names::HEDGES)?,
+            hedges_won: make.counter(&names::HEDGES_WON)?,
+            requests_held: make.gauge(&names::REQUESTS_HELD)?,
+            requests_waiting: make.gauge(&names::REQUESTS_WAITING)?,
+            requests_in_flight: make.gauge(&names::REQUESTS_IN_FLIGHT)?,
+            held_seconds: make.histogram(&names::HELD_SECONDS)?,
+            decision_seconds: make.histogram(&names::DECISION_SECONDS)?,
+            added_latency_seconds: make.histogram(&names::ADDED_LATENCY_SECONDS)?,
+            time_to_first_byte_seconds: make.histogram(&names::TIME_TO_FIRST_BYTE_SECONDS)?,
+            prompt_tokens: make.counter(&names::PROMPT_TOKENS)?,
+            predicted_hit_tokens: make.counter(&names::PREDICTED_HIT_TOKENS)?,
+            confirmed_hit_tokens: make.counter(&names::CONFIRMED_HIT_TOKENS)?,
+            limited: make.counters(&names::LIMITED, &["limit"])?,
+            idempotent_answers: make.counter(&names::IDEMPOTENT_ANSWERS)?,
+            index_bytes: make.gauge(&names::INDEX_BYTES)?,
+            replicas: make.gauges(&names::REPLICAS, &["health"])?,
+            replica_in_flight: make.gauges(&names::REPLICA_IN_FLIGHT, &["replica"])?,
+            breaker_state: make.gauges(&names::BREAKER_STATE, &["replica"])?,
+            imbalance: make.float(&names::IMBALANCE)?,
+            replica_index_blocks: make.gauges(&names::REPLICA_INDEX_BLOCKS, &["replica"])?,
             series: make.series,
         };
         metrics.touch(policy);
@@ -278,8 +225,8 @@ struct Make<'a> {
 }
 
 impl Make<'_> {
-    fn opts(&self, name: &str, help: &str) -> Opts {
-        Opts::new(format!("{}{name}", self.prefix), help)
+    fn opts(&self, metric: &Metric) -> Opts {
+        Opts::new(format!("{}{}", self.prefix, metric.name), metric.help)
     }
 
     fn add<C: Collector + Clone + 'static>(
@@ -291,32 +238,33 @@ impl Make<'_> {
         Ok(made)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, MetricsError> {
-        self.add(IntCounter::with_opts(self.opts(name, help)))
+    fn counter(&self, metric: &Metric) -> Result<IntCounter, MetricsError> {
+        self.add(IntCounter::with_opts(self.opts(metric)))
     }
 
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, MetricsError> {
-        self.add(IntCounterVec::new(self.opts(name, help), labels))
+    fn counters(&self, metric: &Metric, labels: &[&str]) -> Result<IntCounterVec, MetricsError> {
+        self.add(IntCounterVec::new(self.opts(metric), labels))
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, MetricsError> {
-        self.add(IntGauge::with_opts(self.opts(name, help)))
+    fn gauge(&self, metric: &Metric) -> Result<IntGauge, MetricsError> {
+        self.add(IntGauge::with_opts(self.opts(metric)))
     }
 
-    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, MetricsError> {
-        self.add(IntGaugeVec::new(self.opts(name, help), labels))
+    fn gauges(&self, metric: &Metric, labels: &[&str]) -> Result<IntGaugeVec, MetricsError> {
+        self.add(IntGaugeVec::new(self.opts(metric), labels))
     }
 
-    fn float(&self, name: &str, help: &str) -> Result<Gauge, MetricsError> {
-        self.add(Gauge::with_opts(self.opts(name, help)))
+    fn float(&self, metric: &Metric) -> Result<Gauge, MetricsError> {
+        self.add(Gauge::with_opts(self.opts(metric)))
     }
 
-    fn floats(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, MetricsError> {
-        self.add(GaugeVec::new(self.opts(name, help), labels))
-    }
-
-    fn histogram(&self, name: &str, buckets: &[f64], help: &str) -> Result<Histogram, MetricsError> {
-        self.add(Histogram::with_opts(HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec())))
+    fn histogram(&self, metric: &Metric) -> Result<Histogram, MetricsError> {
+        let mut opts = HistogramOpts::from(self.opts(metric));
+        if let Kind::Histogram(buckets) = metric.kind {
+            // None of the router's depends on a context length.
+            opts = opts.buckets(buckets.bounds(0));
+        }
+        self.add(Histogram::with_opts(opts))
     }
 }
 
@@ -324,10 +272,8 @@ impl Make<'_> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_replica_that_is_gone_leaves_no_series() {
-        let metrics = RouterMetrics::new("servelab_", Policy::Cost).unwrap();
-        let view = |port: u32, in_flight| ReplicaView {
+    fn view(port: u32, in_flight: u32) -> ReplicaView {
+        ReplicaView {
             url: format!("http://r:{port}"),
             health: "ready",
             breaker: "open",
@@ -338,7 +284,31 @@ mod tests {
             prefill_tokens_per_second: 1.0,
             step_seconds: 1.0,
             index_blocks: 5,
-        };
+        }
+    }
+
+    #[test]
+    fn every_metric_of_the_table_is_exported_with_its_help_and_type() {
+        let metrics = RouterMetrics::new("servelab_", Policy::Cost).unwrap();
+        metrics.observe_replicas(&[view(1, 0)]);
+        let text = metrics.encode().unwrap();
+        for metric in names::ALL {
+            let name = format!("servelab_{}", metric.name);
+            let kind = match metric.kind {
+                Kind::Gauge => "gauge",
+                Kind::Counter => "counter",
+                Kind::Histogram(_) => "histogram",
+            };
+            assert!(text.contains(&format!("# HELP {name} {}\n", metric.help)), "{name} has no help");
+            assert!(text.contains(&format!("# TYPE {name} {kind}\n")), "{name} is no {kind}");
+        }
+        let families = text.lines().filter(|line| line.starts_with("# TYPE")).count();
+        assert_eq!(families, names::ALL.len(), "a series is not in the table");
+    }
+
+    #[test]
+    fn a_replica_that_is_gone_leaves_no_series() {
+        let metrics = RouterMetrics::new("servelab_", Policy::Cost).unwrap();
         metrics.observe_replicas(&[view(1, 3), view(2, 1)]);
         let text = metrics.encode().unwrap();
         for line in [

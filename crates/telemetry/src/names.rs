@@ -1,6 +1,7 @@
-//! The table of metrics: name, type, help text and buckets of each series, and nothing else.
+//! The tables of metrics, of a replica and of the router ([`router`]): name, type, help text and buckets of each
+//! series, and nothing else.
 //!
-//! Names follow vLLM's after the prefix, so that what people know carries over. Prometheus' rules
+//! Names of a replica follow vLLM's after the prefix, so that what people know carries over. Prometheus' rules
 //! hold otherwise: base units, counters end in `_total`. Three of vLLM's names break them and are kept:
 //! `kv_cache_usage_perc` is a share, `iteration_tokens_total` a histogram, and `cache_config_info`
 //! calls the blocks `num_gpu_blocks` whatever the device, because scalers and endpoint pickers look there.
@@ -37,6 +38,10 @@ pub enum Buckets {
     StepTokens,
     /// Preemptions of a request.
     Preemptions,
+    /// What the router itself takes, from a microsecond, in seconds.
+    RouterOwn,
+    /// What a request waits for at the router, up to minutes, in seconds.
+    RouterWait,
 }
 
 /// vLLM's.
@@ -59,6 +64,12 @@ const LATENCY: &[f64] = &[
 
 const PREEMPTIONS: &[f64] = &[0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0];
 
+const ROUTER_OWN: &[f64] =
+    &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0];
+
+const ROUTER_WAIT: &[f64] =
+    &[0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+
 impl Buckets {
     /// The upper bounds, for a model with a context of `max_model_len` tokens.
     pub fn bounds(self, max_model_len: u32) -> Vec<f64> {
@@ -69,6 +80,8 @@ impl Buckets {
             Self::RequestTokens => one_two_five(max_model_len),
             Self::StepTokens => (0..=14).map(|power| f64::from(1_u32 << power)).collect(),
             Self::Preemptions => PREEMPTIONS.to_vec(),
+            Self::RouterOwn => ROUTER_OWN.to_vec(),
+            Self::RouterWait => ROUTER_WAIT.to_vec(),
         }
     }
 }
@@ -144,13 +157,51 @@ table! {
         "Tokens computed in a step, prompt and decoded ones together.");
 }
 
+/// The router's metrics. Their names begin with `router_`, so that one prefix does for both processes.
+pub mod router {
+    use super::{Buckets, Metric, counter, gauge, histogram};
+
+    table! {
+        REQUESTS = counter("router_requests_total", "Requests, by how they ended.");
+        FAULTS = counter("router_faults_total", "Attempts at a replica that gave no answer, by what was wrong.");
+        CHOICES = counter("router_choices_total", "Choices, by policy and reason.");
+        RETRIES = counter("router_retries_total", "Attempts after the first.");
+        RETRIES_OVER_BUDGET = counter("router_retries_over_budget_total", "Attempts that were not made since too many were.");
+        HEDGES = counter("router_hedges_total", "Second attempts beside a slow first one.");
+        HEDGES_WON = counter("router_hedges_won_total", "Such attempts that answered first.");
+        LIMITED = counter("router_limited_total", "Requests refused by a limit.");
+        IDEMPOTENT_ANSWERS = counter("router_idempotent_answers_total", "Requests that got the answer of an earlier one.");
+        PROMPT_TOKENS = counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.");
+        PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
+            "Prompt tokens that the replicas were expected to hold, by the router's count.");
+        CONFIRMED_HIT_TOKENS = counter("router_confirmed_hit_tokens_total", "Prompt tokens that the replicas say they held.");
+
+        REQUESTS_HELD = gauge("router_requests_held", "Requests that wait because no replica is ready.");
+        REQUESTS_WAITING = gauge("router_requests_waiting", "Requests that wait in the router, for whatever reason.");
+        REQUESTS_IN_FLIGHT = gauge("router_requests_in_flight", "Requests inside the router.");
+        INDEX_BYTES = gauge("router_index_bytes", "Bytes that the index of prefixes takes.");
+        REPLICAS = gauge("router_replicas", "Replicas, by health.");
+        REPLICA_IN_FLIGHT = gauge("router_replica_in_flight", "Requests in flight at a replica.");
+        REPLICA_INDEX_BLOCKS = gauge("router_replica_index_blocks", "Blocks that a replica is believed to hold.");
+        BREAKER_STATE = gauge("router_breaker_state", "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.");
+        IMBALANCE = gauge("router_imbalance", "Most requests in flight at a replica over the mean.");
+
+        HELD_SECONDS = histogram("router_held_seconds", Buckets::RouterWait, "How long requests were held.");
+        DECISION_SECONDS = histogram("router_decision_seconds", Buckets::RouterOwn, "Choosing a replica.");
+        ADDED_LATENCY_SECONDS = histogram("router_added_latency_seconds", Buckets::RouterOwn,
+            "From the last byte of a request to its first attempt, without waiting.");
+        TIME_TO_FIRST_BYTE_SECONDS = histogram("router_time_to_first_byte_seconds", Buckets::RouterWait,
+            "From sending a request to the first byte of its answer's body.");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn counters_and_only_they_end_in_total() {
-        for metric in ALL {
+        for metric in ALL.iter().chain(router::ALL) {
             let kept_from_vllm = metric.name == ITERATION_TOKENS.name;
             let is_counter = metric.kind == Kind::Counter;
             assert_eq!(metric.name.ends_with("_total"), is_counter || kept_from_vllm, "{}", metric.name);
@@ -159,20 +210,22 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_helped() {
-        for (index, metric) in ALL.iter().enumerate() {
+        let all: Vec<&Metric> = ALL.iter().chain(router::ALL).collect();
+        for (index, metric) in all.iter().enumerate() {
             assert!(metric.help.ends_with('.'), "{}", metric.name);
-            assert!(
-                ALL[..index].iter().all(|other| other.name != metric.name),
-                "{} is there twice",
-                metric.name
-            );
+            let earlier = all[..index].iter().any(|other| other.name == metric.name);
+            assert!(!earlier, "{} is there twice", metric.name);
         }
+        assert!(router::ALL.iter().all(|metric| metric.name.starts_with("router_")));
     }
 
     #[test]
     fn bounds_ascend_strictly() {
-        use Buckets::{BetweenTokens, FirstToken, Latency, Preemptions, RequestTokens, StepTokens};
-        for buckets in [FirstToken, BetweenTokens, Latency, RequestTokens, StepTokens, Preemptions] {
+        let histograms = ALL.iter().chain(router::ALL).filter_map(|metric| match metric.kind {
+            Kind::Histogram(buckets) => Some(buckets),
+            Kind::Gauge | Kind::Counter => None,
+        });
+        for buckets in histograms {
             for context in [1, 512, 131_072, u32::MAX] {
                 let bounds = buckets.bounds(context);
                 assert!(bounds.windows(2).all(|pair| pair[0] < pair[1]), "{buckets:?}: {bounds:?}");
