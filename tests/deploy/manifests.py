@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"
 KUSTOMIZE = DEPLOY / "kustomize"
 OVERLAYS = sorted(path.parent.name for path in KUSTOMIZE.glob("overlays/*/kustomization.yaml"))
+ROUTER = "servelab-router"
 KEDA_FILES = sorted((DEPLOY / "keda").rglob("*.yaml"))
 
 
@@ -48,8 +49,12 @@ def pod(deployment: dict) -> dict:
     return deployment["spec"]["template"]["spec"]
 
 
-def settings(objects: list[dict]) -> dict:
-    """The replica's servelab.toml, from the ConfigMap that its Deployment mounts."""
-    volumes = pod(only(objects, "Deployment"))["volumes"]
+def settings(objects: list[dict], deployment: str = "servelab", file: str = "servelab.toml") -> dict:
+    """The settings of a replica or the router, from the ConfigMap that its Deployment mounts."""
+    volumes = pod(only(objects, "Deployment", deployment))["volumes"]
     name = next(volume["configMap"]["name"] for volume in volumes if volume["name"] == "config")
-    return tomllib.loads(only(objects, "ConfigMap", name)["data"]["servelab.toml"])
+    return tomllib.loads(only(objects, "ConfigMap", name)["data"][file])
+
+
+def router_settings(objects: list[dict]) -> dict:
+    return settings(objects, ROUTER, "router.toml")

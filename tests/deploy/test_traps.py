@@ -6,7 +6,21 @@ from urllib.parse import urlparse
 import pytest
 import yaml
 
-from manifests import DEPLOY, KEDA_FILES, KUSTOMIZE, OVERLAYS, REPOSITORY, of_kind, only, pod, read, render, settings
+from manifests import (
+    DEPLOY,
+    KEDA_FILES,
+    KUSTOMIZE,
+    OVERLAYS,
+    REPOSITORY,
+    ROUTER,
+    of_kind,
+    only,
+    pod,
+    read,
+    render,
+    router_settings,
+    settings,
+)
 
 # The server cuts what is left after the drain, and gives it and the engine two seconds each.
 AFTER_DRAIN_SECONDS = 4
@@ -18,11 +32,16 @@ def objects(request):
 
 
 def seconds(text: str) -> int:
-    return int(re.fullmatch(r"(\d+)s", text)[1])
+    number, unit = re.fullmatch(r"(\d+)([sm])", text).groups()
+    return int(number) * {"s": 1, "m": 60}[unit]
 
 
 def replica(objects: list[dict]) -> dict:
     return pod(only(objects, "Deployment"))["containers"][0]
+
+
+def router(objects: list[dict]) -> dict:
+    return pod(only(objects, "Deployment", ROUTER))["containers"][0]
 
 
 def scaled_objects() -> list[tuple[str, dict]]:
@@ -31,11 +50,18 @@ def scaled_objects() -> list[tuple[str, dict]]:
     return files + [(overlay, each) for overlay in OVERLAYS for each in of_kind(render(overlay), "ScaledObject")]
 
 
-def test_answers_can_end_before_the_pod_is_killed(objects):
-    pause = replica(objects)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed = pause + seconds(settings(objects)["drain-timeout"]) + AFTER_DRAIN_SECONDS
-    assert pod(only(objects, "Deployment"))["terminationGracePeriodSeconds"] > needed
+def assert_it_drains_in_time(deployment: dict, drain: str):
+    spec = pod(deployment)
+    pause = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] > pause + seconds(drain) + AFTER_DRAIN_SECONDS
     assert pause > 0, "endpoints are withdrawn while SIGTERM is sent"
+
+
+def test_answers_can_end_before_the_pod_is_killed(objects):
+    drains = {"servelab": settings(objects)["drain-timeout"], ROUTER: router_settings(objects)["drain-timeout"]}
+    for name, drain in drains.items():
+        assert_it_drains_in_time(only(objects, "Deployment", name), drain)
+    assert seconds(drains[ROUTER]) >= seconds(drains["servelab"]), "an answer passes through the router to its end"
 
 
 def test_probes_ask_the_right_endpoints(objects):
@@ -44,18 +70,62 @@ def test_probes_ask_the_right_endpoints(objects):
     assert path == {"startupProbe": "/ready", "readinessProbe": "/ready", "livenessProbe": "/live"}
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 120, "a load takes that long"
+    path = {probe: router(objects)[probe]["httpGet"]["path"] for probe in ("readinessProbe", "livenessProbe")}
+    assert path == {"readinessProbe": "/ready", "livenessProbe": "/live"}
 
 
 def test_ports_agree(objects):
-    deployment = only(objects, "Deployment")
-    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
-    ports = replica(objects)["ports"]
-    assert [(port["name"], port["containerPort"]) for port in ports] == [("http", settings(objects)["port"])]
-    assert annotations["prometheus.io/scrape"] == "true"
-    assert annotations["prometheus.io/port"] == str(settings(objects)["port"])
-    assert settings(objects)["host"] == "0.0.0.0", "127.0.0.1 is the pod alone"
+    for name, typed in (("servelab", settings(objects)), (ROUTER, router_settings(objects))):
+        template = only(objects, "Deployment", name)["spec"]["template"]
+        ports = template["spec"]["containers"][0]["ports"]
+        assert [(port["name"], port["containerPort"]) for port in ports] == [("http", typed["port"])]
+        annotations = template["metadata"]["annotations"]
+        assert annotations["prometheus.io/scrape"] == "true"
+        assert annotations["prometheus.io/port"] == str(typed["port"])
+        assert typed["host"] == "0.0.0.0", "127.0.0.1 is the pod alone"
     for service in of_kind(objects, "Service"):
         assert all(port["targetPort"] == "http" for port in service["spec"]["ports"])
+
+
+def test_clients_meet_the_router_and_the_router_the_replicas(objects):
+    """What must be true for one request to arrive: services, names, ports, rights and network policies."""
+    entrance = only(objects, "Service")["spec"]["selector"]
+    assert entrance == {"app.kubernetes.io/name": ROUTER}
+    (found_by,) = router_settings(objects)["replicas-dns"]
+    name, port = found_by.split(":")
+    service = only(objects, "Service", name)["spec"]
+    assert service["clusterIP"] == "None", "else there is one address for all"
+    assert service["selector"] == {"app.kubernetes.io/name": "servelab"}
+    assert int(port) == settings(objects)["port"], "a headless name leads to the pods' own port"
+    policy = only(objects, "NetworkPolicy", ROUTER)["spec"]
+    to_replicas = [rule for rule in policy["egress"] if "podSelector" in rule.get("to", [{}])[0]]
+    assert [(rule["to"][0]["podSelector"]["matchLabels"], rule["ports"]) for rule in to_replicas] == [
+        (service["selector"], [{"port": int(port)}])
+    ]
+    dns = [rule for rule in policy["egress"] if {"port": 53, "protocol": "UDP"} in rule["ports"]]
+    assert dns, "names are resolved at every look"
+
+
+def test_the_router_may_follow_endpoints_and_nothing_else(objects):
+    spec = pod(only(objects, "Deployment", ROUTER))
+    account = spec["serviceAccountName"]
+    assert spec.get("automountServiceAccountToken", True), "it asks the API server"
+    assert not pod(only(objects, "Deployment")).get("automountServiceAccountToken", True), "a replica never does"
+    bound = [
+        each["roleRef"]["name"]
+        for each in of_kind(objects, "RoleBinding")
+        if account in [subject["name"] for subject in each["subjects"]]
+    ]
+    rules = [rule for name in bound for rule in only(objects, "Role", name)["rules"]]
+    assert rules == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    ]
+
+
+def test_a_request_is_held_for_longer_than_a_cold_start_takes_on_this_fleet(objects):
+    hold = seconds(router_settings(objects)["hold-timeout"])
+    polling = max(each["spec"].get("pollingInterval", 30) for each in of_kind(objects, "ScaledObject"))
+    assert hold >= polling + 60, "the scaler notices, then a replica starts"
 
 
 def test_selectors_select(objects):
@@ -148,7 +218,12 @@ def test_a_gpu_is_asked_for_once_and_whole(overlay):
 @pytest.mark.parametrize(("place", "scaled"), scaled_objects(), ids=lambda value: value if isinstance(value, str) else "")
 def test_scaled_objects_avoid_the_traps(place, scaled):
     spec = scaled["spec"]
-    assert 1 <= spec["minReplicaCount"] < spec["maxReplicaCount"], "no trigger here lives on at zero"
+    assert 0 <= spec["minReplicaCount"] < spec["maxReplicaCount"]
+    if spec["minReplicaCount"] == 0:
+        waking = [each["metadata"] for each in spec["triggers"] if "servelab_router_requests_" in each["metadata"]["query"]]
+        assert waking, "no trigger lives on at zero: a replica's own series are gone with it"
+        assert all(metadata["activationThreshold"] == "0" for metadata in waking), "one request must wake it"
+        assert spec["cooldownPeriod"] >= 60, "the next request would find nothing again"
     assert spec["fallback"]["replicas"] >= 2, "without data the fleet must not shrink to the minimum"
     uses_formula = "scalingModifiers" in spec.get("advanced", {})
     for trigger in spec["triggers"]:

@@ -10,8 +10,8 @@ fn deploy() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy"))
 }
 
-fn config(folder: &str) -> String {
-    let path = deploy().join("kustomize").join(folder).join("servelab.toml");
+fn config(folder: &str, file: &str) -> String {
+    let path = deploy().join("kustomize").join(folder).join(file);
     path.to_str().unwrap().to_owned()
 }
 
@@ -33,7 +33,7 @@ fn command(value: &Value, replaced: &[(&str, &str)]) -> Vec<String> {
 #[tokio::test]
 async fn a_replica_starts_with_the_settings_of_base_and_laptop() {
     for folder in ["base", "overlays/local"] {
-        let server = Server::start(&["--config", &config(folder), "--host", "127.0.0.1"]).await;
+        let server = Server::start(&["--config", &config(folder, "servelab.toml"), "--host", "127.0.0.1"]).await;
         assert_eq!(server.get("/ready").await.0, 200);
         assert!(!server.complete("Hello", 2).await.is_empty());
     }
@@ -42,11 +42,24 @@ async fn a_replica_starts_with_the_settings_of_base_and_laptop() {
 /// Where there is no GPU and no weights, the settings are read all the same, and the folder is what is missed.
 #[test]
 fn the_settings_of_the_gpu_are_understood() {
-    let path = config("overlays/gpu");
+    let path = config("overlays/gpu", "servelab.toml");
     let (code, _, errors) = run(servelab(&["serve", "--port", "0", "--device", "cpu", "--config", &path]));
     assert_ne!(code, 0);
     assert!(errors.contains("/models/current"), "{errors}");
     assert!(!errors.contains("servelab.toml"), "{errors}");
+}
+
+/// With the settings of each overlay and no replica to be found, the router is ready and says that it has none.
+#[tokio::test]
+async fn a_router_starts_with_the_settings_of_every_overlay() {
+    for folder in ["base", "overlays/local", "overlays/gpu"] {
+        let file = config(folder, "router.toml");
+        let command = ["route", "--config", &file, "--host", "127.0.0.1", "--port", "0"];
+        let router = Server::spawn(servelab(&command));
+        router.wait_until_ready().await;
+        let (_, text) = router.get("/ready").await;
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap()["replicas_ready"], 0, "{text}");
+    }
 }
 
 #[tokio::test]
