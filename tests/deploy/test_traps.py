@@ -303,8 +303,14 @@ def test_compose_mounts_what_is_there_and_waits_for_the_drain():
         drain = seconds(command[command.index("--drain-timeout") + 1])
         assert seconds(service["stop_grace_period"]) > drain + AFTER_DRAIN_SECONDS
         assert service["image"] == "servelab:cpu"
-    for service in compose["services"].values():
-        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    router = compose["services"]["router"]
+    named = [flag.removeprefix("--replica=") for flag in router["command"] if flag.startswith("--replica=")]
+    assert named == [f"http://{name}:8000" for name in compose["services"] if name.startswith("replica-")]
+    (drain,) = [flag.removeprefix("--drain-timeout=") for flag in router["command"] if flag.startswith("--drain-timeout=")]
+    assert seconds(router["stop_grace_period"]) > seconds(drain) + AFTER_DRAIN_SECONDS
+    for name, service in compose["services"].items():
+        assert service.get("read_only") or name == "dcgm-exporter"
+        assert service["cap_drop"] == ["ALL"]
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
@@ -312,6 +318,18 @@ def test_compose_mounts_what_is_there_and_waits_for_the_drain():
             assert there, source
     build = replicas[0]["build"]
     assert (DEPLOY / build["context"] / build["dockerfile"]).exists() and build["target"] in stages()
+
+
+def test_prometheus_scrapes_what_compose_runs():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    jobs = {job["job_name"]: job for job in yaml.safe_load((DEPLOY / "compose/prometheus.yml").read_text())["scrape_configs"]}
+    targets = [each.split(":")[0] for job in jobs.values() for group in job.get("static_configs", []) for each in group["targets"]]
+    assert sorted(targets) == sorted(name for name, each in compose.items() if each["image"] == "servelab:cpu" and name != "load")
+    (discovered,) = jobs["dcgm"]["dns_sd_configs"]
+    assert all(name in compose for name in discovered["names"])
+    assert compose["replica-1"]["environment"] == compose["router"]["environment"] == {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://traces:4317"
+    }
 
 
 def test_the_same_provisioning_in_compose_and_cluster():

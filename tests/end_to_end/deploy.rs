@@ -68,10 +68,18 @@ async fn the_commands_of_the_compose_file_work_together() {
     let serve = command(&compose["x-replica"]["command"], &[("0.0.0.0", "127.0.0.1")]);
     assert_eq!(serve[0], "serve");
     let flags: Vec<&str> = serve[1..].iter().map(String::as_str).collect();
-    let server = Server::start(&flags).await;
-    let short = [("http://replica-1:8000", server.base.as_str()), ("60s", "1s")];
+    let (one, two) = tokio::join!(Server::start(&flags), Server::start(&flags));
+    let replaced = [
+        ("--host=0.0.0.0", "--port=0"),
+        ("--replica=http://replica-1:8000", &format!("--replica={}", one.base)),
+        ("--replica=http://replica-2:8000", &format!("--replica={}", two.base)),
+    ];
+    let route = command(&compose["services"]["router"]["command"], &replaced);
+    let router = Server::spawn(servelab(&route.iter().map(String::as_str).collect::<Vec<_>>()));
+    router.until("both replicas are ready", async || router.get("/ready").await.1.contains(r#""replicas_ready":2"#)).await;
+    let short = [("http://router:8080", router.base.as_str()), ("60s", "1s")];
     let load = command(&compose["services"]["load"]["command"], &short);
-    assert!(load.contains(&server.base) && load.contains(&"1s".to_owned()), "{load:?}");
+    assert!(load.contains(&router.base) && load.contains(&"1s".to_owned()), "{load:?}");
     let arguments: Vec<String> = load.into_iter().chain(["--quiet".to_owned()]).collect();
     let (code, out, errors) = tokio::task::spawn_blocking(move || {
         run(servelab(&arguments.iter().map(String::as_str).collect::<Vec<_>>()))
@@ -79,4 +87,8 @@ async fn the_commands_of_the_compose_file_work_together() {
     .await
     .unwrap();
     assert!(has_sent_its_load(code, &errors), "{out}\n{errors}");
+    for replica in [&one, &two] {
+        let served = replica.metric("servelab_generation_tokens_total{model_name=\"demo\"}").await;
+        assert!(served > Some(0.0), "the router left one out: {served:?}");
+    }
 }

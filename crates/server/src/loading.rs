@@ -90,6 +90,7 @@ fn tell_metrics(app: &App, loaded: &LoadedModel) {
         dtype: &loaded.kv_dtype,
         prefix_cache: loaded.engine.prefix_cache,
     };
+    app.metrics.max_running.set(i64::from(loaded.engine.max_running));
     let told = app.metrics.set_cache_config(cache);
     let device = &loaded.device;
     let told = told.and_then(|()| {

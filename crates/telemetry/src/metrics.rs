@@ -119,6 +119,7 @@ pub struct Metrics {
 
     pub num_requests_running: IntGauge,
     pub num_requests_waiting: IntGauge,
+    pub max_running: IntGauge,
     pub kv_cache_usage_perc: Gauge,
 
     pub prefix_cache_queries: IntCounter,
@@ -161,6 +162,7 @@ impl Metrics {
         let metrics = Self {
             num_requests_running: register.int_gauge(&names::NUM_REQUESTS_RUNNING)?,
             num_requests_waiting: register.int_gauge(&names::NUM_REQUESTS_WAITING)?,
+            max_running: register.int_gauge(&names::MAX_RUNNING)?,
             kv_cache_usage_perc: register.gauge(&names::KV_CACHE_USAGE_PERC)?,
             prefix_cache_queries: register.counter(&names::PREFIX_CACHE_QUERIES)?,
             prefix_cache_hits: register.counter(&names::PREFIX_CACHE_HITS)?,

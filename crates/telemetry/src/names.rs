@@ -115,6 +115,7 @@ macro_rules! table {
 table! {
     NUM_REQUESTS_RUNNING = gauge("num_requests_running", "Sequences in the running batch.");
     NUM_REQUESTS_WAITING = gauge("num_requests_waiting", "Requests in the queue.");
+    MAX_RUNNING = gauge("max_running", "Most sequences that run at once; 0 until the model is loaded.");
     KV_CACHE_USAGE_PERC = gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold; 1 is full.");
     CACHE_CONFIG_INFO = gauge("cache_config_info", "Always 1; its labels tell the layout of the KV cache.");
     BUILD_INFO = gauge("build_info", "Always 1; its labels tell version and commit.");
