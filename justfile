@@ -51,6 +51,11 @@ test-openai:
 test-deploy:
     {{ python }} -m pytest -q -p no:cacheprovider tests/deploy
 
+# Follow every lab on a release build, one after the other, and print what it shows beside what came out here; `just labs
+# write` puts that into docs/labs. Needs prometheus and promtool.
+labs mode="1":
+    SERVELAB_LABS_RECORD="{{ mode }}" cargo test --quiet --release --workspace --test end_to_end -- labs:: --nocapture --test-threads 1
+
 # Compile every CUDA kernel for every architecture with NVIDIA's run-time compiler, in a minute. Needs no GPU, but
 # the packages of crates/model/tests/nvrtc/requirements.txt; SERVELAB_NVRTC_EVERY=1 for every combination.
 kernels:

@@ -41,10 +41,12 @@ def custom_schemas() -> dict[tuple[str, str], dict]:
             # What the API server knows of every object; a CRD says no more than that it is there.
             schema["properties"]["metadata"] = {"type": "object"}
             schemas[key] = schema
-    for path in SCHEMAS.glob("argoproj.io_*.json"):
+    for path in SCHEMAS.glob("*.io_*.json"):
         schema = strict(json.loads(path.read_text()))
         schema["properties"]["metadata"] = {"type": "object"}
-        schemas["argoproj.io/v1alpha1", schema["properties"]["kind"]["enum"][0]] = schema
+        (version,) = schema["properties"]["apiVersion"]["enum"]
+        (kind,) = schema["properties"]["kind"]["enum"]
+        schemas[version, kind] = schema
     monitor = prometheus_operator.PodMonitor.model_json_schema(by_alias=True)
     schemas["monitoring.coreos.com/v1", "PodMonitor"] = strict(monitor)
     return schemas
@@ -108,11 +110,14 @@ def test_trigger_keys_are_in_kedas_list():
         ("PodDisruptionBudget", ("spec", "maxUnavailble")),
         ("Rollout", ("spec", "strategy", "canary", "steps", 0, "setWait")),
         ("AnalysisTemplate", ("spec", "metrics", 0, "sucessCondition")),
+        ("InferencePool", ("spec", "extensionRef")),
+        ("InferencePool", ("spec", "targetPorts", 0, "number ")),
+        ("HTTPRoute", ("spec", "rules", 0, "backendRef")),
     ],
 )
 def test_the_schemas_refuse_what_is_wrong(kind, path):
     """An unknown field, and for the threshold a number where KEDA wants a string."""
-    manifest = next(each for overlay in ("gpu", "local-canary") for each in render(overlay) if each["kind"] == kind)
+    manifest = next(each for overlay in ("gpu", "local-canary", "gpu-gateway") for each in render(overlay) if each["kind"] == kind)
     check(manifest)
     place = manifest
     for step in path[:-1]:

@@ -84,7 +84,10 @@ def test_ports_agree(objects):
         assert annotations["prometheus.io/port"] == str(typed["port"])
         assert typed["host"] == "0.0.0.0", "127.0.0.1 is the pod alone"
     for service in of_kind(objects, "Service"):
-        assert all(port["targetPort"] == "http" for port in service["spec"]["ports"])
+        owners = [each for each in of_kind(objects, "Deployment") if
+                  service["spec"]["selector"].items() <= each["spec"]["template"]["metadata"]["labels"].items()]
+        named = {port["name"] for owner in owners for container in pod(owner)["containers"] for port in container["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= named
 
 
 def test_clients_meet_the_router_and_the_router_the_replicas(objects):
@@ -239,6 +242,38 @@ def test_scaled_objects_avoid_the_traps(place, scaled):
         name = trigger.get("name", "")
         assert isinstance(name, str) and yaml.safe_load(name or "x") not in (True, False), "a boolean in YAML"
         assert not uses_formula or re.search(rf"\b{name}\b", spec["advanced"]["scalingModifiers"]["formula"])
+
+
+def test_an_overlay_changes_the_model_in_the_query_and_no_more():
+    def query(overlay):
+        return only(render(overlay), "ScaledObject")["spec"]["triggers"][0]["metadata"]["query"]
+
+    for overlay, model in (("gpu", "lab"), ("gpu-mig", "lab"), ("sim", "llama-3.1-70b")):
+        assert query(overlay) == query("local").replace('"demo"', f'"{model}"')
+        typed = settings(render(overlay))
+        assert typed.get("served-model-name", [typed["model"]]) == [model]
+
+
+def test_the_endpoint_picker_reads_what_the_replicas_export():
+    objects = render("gpu-gateway")
+    assert settings(objects)["metrics-prefix"] == "vllm:", "the picker knows vLLM's names"
+    pool = only(objects, "InferencePool")["spec"]
+    assert pool["selector"]["matchLabels"].items() <= only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    assert [port["number"] for port in pool["targetPorts"]] == [settings(objects)["port"]]
+    picker = pool["endpointPickerRef"]
+    (port,) = only(objects, "Service", picker["name"])["spec"]["ports"]
+    assert port["port"] == picker["port"]["number"] and port["appProtocol"] == "http2", "it speaks gRPC"
+    arguments = pod(only(objects, "Deployment", picker["name"]))["containers"][0]["args"]
+    assert f"--pool-name={only(objects, 'InferencePool')['metadata']['name']}" in arguments
+    scaled = only(objects, "ScaledObject")["spec"]
+    assert scaled["minReplicaCount"] == 1, "the picker holds nothing while nobody is there"
+    assert "vllm:num_requests_waiting" in scaled["triggers"][0]["metadata"]["query"]
+    route = only(objects, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0]
+    assert (route["kind"], route["name"]) == ("InferencePool", "servelab")
+    config = next(each for each in of_kind(objects, "ConfigMap") if "picker.yaml" in each["data"])
+    profile = yaml.safe_load(config["data"]["picker.yaml"])
+    declared = {plugin["type"] for plugin in profile["plugins"]}
+    assert {each["pluginRef"] for each in profile["schedulingProfiles"][0]["plugins"]} == declared
 
 
 def test_a_canary_is_judged_and_scaled():

@@ -32,8 +32,9 @@ fn command(value: &Value, replaced: &[(&str, &str)]) -> Vec<String> {
 
 #[tokio::test]
 async fn a_replica_starts_with_the_settings_of_base_and_laptop() {
-    for folder in ["base", "overlays/local"] {
-        let server = Server::start(&["--config", &config(folder, "servelab.toml"), "--host", "127.0.0.1"]).await;
+    for folder in ["base", "overlays/local", "overlays/sim"] {
+        let server =
+            Server::start(&["--config", &config(folder, "servelab.toml"), "--host", "127.0.0.1"]).await;
         assert_eq!(server.get("/ready").await.0, 200);
         assert!(!server.complete("Hello", 2).await.is_empty());
     }
@@ -52,7 +53,7 @@ fn the_settings_of_the_gpu_are_understood() {
 /// With the settings of each overlay and no replica to be found, the router is ready and says that it has none.
 #[tokio::test]
 async fn a_router_starts_with_the_settings_of_every_overlay() {
-    for folder in ["base", "overlays/local", "overlays/gpu"] {
+    for folder in ["base", "overlays/local", "overlays/gpu", "overlays/sim"] {
         let file = config(folder, "router.toml");
         let command = ["route", "--config", &file, "--host", "127.0.0.1", "--port", "0"];
         let router = Server::spawn(servelab(&command));
@@ -76,7 +77,11 @@ async fn the_commands_of_the_compose_file_work_together() {
     ];
     let route = command(&compose["services"]["router"]["command"], &replaced);
     let router = Server::spawn(servelab(&route.iter().map(String::as_str).collect::<Vec<_>>()));
-    router.until("both replicas are ready", async || router.get("/ready").await.1.contains(r#""replicas_ready":2"#)).await;
+    router
+        .until("both replicas are ready", async || {
+            router.get("/ready").await.1.contains(r#""replicas_ready":2"#)
+        })
+        .await;
     let short = [("http://router:8080", router.base.as_str()), ("60s", "1s")];
     let load = command(&compose["services"]["load"]["command"], &short);
     assert!(load.contains(&router.base) && load.contains(&"1s".to_owned()), "{load:?}");

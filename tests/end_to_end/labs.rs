@@ -3,7 +3,10 @@
 //! The first word of a fenced block is its language, the second says what it is:
 //! - `sh serve`: a program that runs beside the rest, in a terminal of its own, until another takes its port;
 //! - `sh run`: commands that must succeed;
+//! - `sh cluster`: commands that need a cluster; the files that they name must be there, tests/deploy looks into those;
 //! - `text shows`: lines that the commands before print, where any number but 0 stands for any other.
+//!
+//! With SERVELAB_LABS_RECORD=1 each line that is shown is printed beside what came out here; with =write the labs get it.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -18,7 +21,7 @@ use crate::observability::is_missing;
 use crate::util::{BINARY, PATIENCE, has_sent_its_load, run, servelab};
 
 /// The ports that the labs use, each replaced by a free one.
-const PORTS: [&str; 3] = ["8000", "8001", "9090"];
+const PORTS: [&str; 4] = ["8000", "8001", "8080", "9090"];
 
 fn labs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/labs").canonicalize().unwrap()
@@ -75,7 +78,9 @@ impl Bench {
     fn new() -> Self {
         let folder = TempDir::new().unwrap();
         let root = labs().join("../..").canonicalize().unwrap();
-        symlink(root.join("dashboards"), folder.path().join("dashboards")).unwrap();
+        for shared in ["dashboards", "deploy"] {
+            symlink(root.join(shared), folder.path().join(shared)).unwrap();
+        }
         std::fs::create_dir_all(folder.path().join("docs/labs")).unwrap();
         std::fs::create_dir_all(folder.path().join("bin")).unwrap();
         symlink(BINARY, folder.path().join("bin/servelab")).unwrap();
@@ -113,8 +118,12 @@ impl Bench {
     /// Starts a program in place of what had its port, and waits until it is ready.
     async fn serve(&mut self, text: &str) {
         let text = self.with_ports(text);
-        let is_used = |port: &&u16| text.contains(&format!(" {port}")) || text.contains(&format!(":{port}"));
-        let port = *self.ports.values().find(is_used).unwrap_or_else(|| panic!("no port in {text}"));
+        let listens = |port: &&u16| {
+            [format!("--port {port}"), format!("--web.listen-address 127.0.0.1:{port}")]
+                .iter()
+                .any(|flag| text.contains(flag))
+        };
+        let port = *self.ports.values().find(listens).unwrap_or_else(|| panic!("no port in {text}"));
         if let Some(mut old) = self.beside.remove(&port) {
             old.kill().unwrap();
             old.wait().unwrap();
@@ -132,13 +141,16 @@ impl Bench {
         }
     }
 
-    /// What the commands print.
+    /// What the commands print, with the ports as the lab has them.
     async fn run(&self, text: &str) -> String {
         let command = self.shell(&self.with_ports(text));
         let (code, out, errors) = tokio::task::spawn_blocking(|| run(command)).await.unwrap();
         let is_load = text.starts_with("servelab bench");
         assert!(code == 0 || (is_load && has_sent_its_load(code, &errors)), "{text}{out}\n{errors}");
-        out
+        let name = |text: String, (name, port): (&&str, &u16)| {
+            text.replace(&format!(":{port}"), &format!(":{name}"))
+        };
+        self.ports.iter().fold(out, name)
     }
 }
 
@@ -151,6 +163,48 @@ impl Drop for Bench {
     }
 }
 
+/// What came out where a lab shows a line.
+struct Shown {
+    line: usize,
+    text: String,
+    measured: String,
+}
+
+/// The printed line that fits each line of the block.
+fn shown(block: &Block, printed: &str, place: &str) -> Vec<Shown> {
+    let find = |(index, text): (usize, &str)| {
+        let fits = |line: &&str| pattern(line) == pattern(text);
+        let measured = printed.lines().find(fits);
+        let measured = measured.unwrap_or_else(|| panic!("{place}: {text} is not in\n{printed}")).to_owned();
+        Shown { line: block.line + index, text: text.to_owned(), measured }
+    };
+    block.text.lines().enumerate().map(find).collect()
+}
+
+/// Prints what a lab shows beside what came out, and writes it into the lab if that is asked for.
+fn record(path: &Path, all: &[Shown]) {
+    let Ok(mode) = std::env::var("SERVELAB_LABS_RECORD") else { return };
+    let name = path.file_name().unwrap().to_str().unwrap();
+    for Shown { line, text, measured } in all {
+        println!("{name}:{}: {text}\n  -> {measured}", line + 1);
+    }
+    if mode == "write" {
+        let markdown = std::fs::read_to_string(path).unwrap();
+        let mut lines: Vec<&str> = markdown.lines().collect();
+        for Shown { line, measured, .. } in all {
+            lines[*line] = measured;
+        }
+        std::fs::write(path, lines.join("\n") + "\n").unwrap();
+    }
+}
+
+/// Every file of the repository that a command for a cluster names.
+fn names_files_that_are_there(block: &Block, place: &str) {
+    for word in block.text.split_whitespace().filter(|word| word.starts_with("deploy/")) {
+        assert!(labs().join("../..").join(word).exists(), "{place}: {word} is not there");
+    }
+}
+
 async fn follow(name: &str) {
     let path = labs().join(name);
     let markdown = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -159,6 +213,7 @@ async fn follow(name: &str) {
     }
     let mut bench = Bench::new();
     let mut printed = String::new();
+    let mut all_shown = Vec::new();
     let mut ran = 0;
     for block in blocks(&markdown) {
         let place = format!("{name}, line {}", block.line);
@@ -168,18 +223,15 @@ async fn follow(name: &str) {
                 printed = bench.run(&block.text).await;
                 ran += 1;
             }
-            "text shows" => {
-                let lines: Vec<String> = printed.lines().map(pattern).collect();
-                for expected in block.text.lines().map(pattern) {
-                    assert!(lines.contains(&expected), "{place}: {expected} is not in\n{printed}");
-                }
-            }
+            "sh cluster" => names_files_that_are_there(&block, &place),
+            "text shows" => all_shown.extend(shown(&block, &printed, &place)),
             // A query, a formula, a sketch: nothing to run.
             "promql" | "text" => {}
             other => panic!("{place}: what is `{other}`?"),
         }
     }
     assert!(ran > 0, "{name} runs nothing");
+    record(&path, &all_shown);
 }
 
 #[tokio::test]
@@ -195,6 +247,16 @@ async fn continuous_batching() {
 #[tokio::test]
 async fn paged_kv() {
     follow("3-paged-kv.md").await;
+}
+
+#[tokio::test]
+async fn routing() {
+    follow("4-routing.md").await;
+}
+
+#[tokio::test]
+async fn keda() {
+    follow("6-keda.md").await;
 }
 
 #[tokio::test]

@@ -64,7 +64,14 @@ pub fn variables(dashboard: &Value) -> Vec<(String, String, String)> {
 /// # Panics
 /// If a variable is left that is not known here.
 pub fn filled(expression: &str, instance: &str) -> String {
-    let known = [("$__rate_interval", "15s"), ("$model", ".*"), ("$instance", instance), ("$threshold", "5")];
+    let known = [
+        ("$__rate_interval", "15s"),
+        ("$model", ".*"),
+        ("$instance", instance),
+        ("$router", ".*"),
+        ("$gpu", ".*"),
+        ("$threshold", "5"),
+    ];
     let text = known.iter().fold(expression.to_owned(), |text, (name, value)| text.replace(name, value));
     assert!(!text.contains('$'), "a variable without a value: {text}");
     text

@@ -1,7 +1,9 @@
-//! Dashboards, rules and triggers against a real Prometheus that scrapes real replicas under load.
+//! Dashboards, rules and triggers against a real Prometheus that scrapes real replicas and routers under load.
 
 /// The dashboards as data.
 mod dashboards;
+/// What is scraped besides, where it cannot be had here: as text.
+mod exporters;
 /// A Prometheus with the shipped configuration.
 mod prometheus;
 /// The triggers of the ScaledObjects.
@@ -16,16 +18,20 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 use servelab_telemetry::names::{self, Kind};
 
-use crate::util::{PATIENCE, Server, greedy, prose};
+use crate::util::{PATIENCE, Server, greedy, prose, servelab};
 use dashboards::{Query, array, filled, panels, queries, variables};
+use exporters::Exporters;
 pub use prometheus::is_missing;
-use prometheus::{Prometheus, configuration, files, promtool, read, repository};
+use prometheus::{Prometheus, Targets, configuration, files, promtool, read, repository};
 use triggers::Trigger;
 
 /// A small pool and short queues, so that few requests are enough for a queue, preemptions and refusals.
 const SMALL: &[&str] =
     &["--kv-blocks", "40", "--max-model-len", "512", "--max-running", "4", "--max-waiting", "3"];
 const CLIENTS: usize = 9;
+const ROUTED_CLIENTS: usize = 3;
+/// An address where nobody listens.
+const NOBODY: &str = "http://127.0.0.1:1";
 /// Folders whose ScaledObjects must work.
 const TRIGGERS: [&str; 2] = ["deploy/kustomize/components/keda", "deploy/keda"];
 const CONFIGURATIONS: [&str; 2] =
@@ -35,6 +41,9 @@ const ANALYSIS: &str = "deploy/kustomize/components/rollout/analysis.yaml";
 const BROKEN_TRIGGERS: &str = "deploy/keda/broken";
 /// Where a metric may be named.
 const PLACES: [&str; 4] = ["dashboards", "deploy", "docs/labs", "docs/runbooks.md"];
+/// How names of metrics begin. DCGM's driver version is a label that is called like one.
+const PREFIXES: [&str; 7] =
+    ["servelab_", "process_", "DCGM_FI_DEV_", "DCGM_FI_PROF_", "kube_", "keda_scaler_", "keda_scaled_"];
 /// What the client library exports about the process.
 const PROCESS: [&str; 7] = [
     "process_cpu_seconds_total",
@@ -46,18 +55,34 @@ const PROCESS: [&str; 7] = [
     "process_virtual_memory_bytes",
 ];
 
-/// Sends requests from several clients until it is dropped.
-async fn load(replicas: &[Server; 2]) {
-    let client = async |client: usize| {
+/// A router before these addresses, which asks them often and holds requests for a second.
+async fn router(replicas: &[&str]) -> Server {
+    let mut command =
+        servelab(&["route", "--port", "0", "--health-interval", "100ms", "--hold-timeout", "1s"]);
+    for replica in replicas {
+        command.args(["--replica", replica]);
+    }
+    let router = Server::spawn(command);
+    router.wait_until_ready().await;
+    router
+}
+
+/// Sends requests from several clients until it is dropped: to the replicas, and through each router, of which one has
+/// nobody to ask.
+async fn load(replicas: &[Server; 2], routers: &[Server; 2]) {
+    let client = async |server: &Server, client: usize| {
         for round in 0.. {
             let prompt = prose(client * 3 + round % 3, 60 + 10 * (round % 4));
             let body = greedy(&prompt, 80);
-            // A full queue refuses some: that is wanted, and counted.
-            let _ = replicas[client % 2].post("/v1/completions", &body).await;
+            // Full queues and a router without replicas refuse some: that is wanted, and counted.
+            let _ = server.post("/v1/completions", &body).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    join_all((0..CLIENTS).map(client)).await;
+    let direct = join_all((0..CLIENTS).map(|number| client(&replicas[number % 2], number)));
+    let routed =
+        join_all((0..2 * ROUTED_CLIENTS).map(|number| client(&routers[number % 2], CLIENTS + number)));
+    tokio::join!(direct, routed);
 }
 
 /// Whether there is at least one number among the elements.
@@ -147,11 +172,11 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     words.map(|word| word.trim_matches(':'))
 }
 
-/// `servelab_x`, `servelab:x:y` or `process_x`. One colon alone is the name of an image.
+/// `servelab_x`, `servelab:x:y`, `process_x`, or a name of another exporter. One colon alone is the name of an image.
 fn is_series(word: &str) -> bool {
     let recorded = word.starts_with("servelab:") && word.matches(':').count() == 2;
-    let named = |prefix: &str| word.strip_prefix(prefix).is_some_and(|rest| !rest.is_empty());
-    recorded || named("servelab_") || named("process_")
+    let named = |prefix: &&str| word.strip_prefix(*prefix).is_some_and(|rest| !rest.is_empty());
+    recorded || PREFIXES.iter().any(named)
 }
 
 #[tokio::test]
@@ -160,7 +185,13 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
         return;
     }
     let replicas = [Server::start(SMALL).await, Server::start(SMALL).await];
-    let prometheus = Prometheus::start([&replicas[0], &replicas[1]]);
+    let routers = [router(&[&replicas[0].base, &replicas[1].base]).await, router(&[NOBODY]).await];
+    let exporters = Exporters::start().await;
+    let prometheus = Prometheus::start(&Targets {
+        replicas: [replicas[0].address(), replicas[1].address()],
+        routers: vec![routers[0].address(), routers[1].address()],
+        exporters: &exporters,
+    });
     let checks = async {
         variables_have_values(&prometheus).await;
         let mut all = dashboard_queries(replicas[0].address());
@@ -178,7 +209,7 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
     };
     tokio::select! {
         () = checks => {}
-        () = load(&replicas) => unreachable!("the load never ends by itself"),
+        () = load(&replicas, &routers) => unreachable!("the load never ends by itself"),
     }
 }
 
@@ -210,22 +241,83 @@ async fn has_one_element(prometheus: &Prometheus, trigger: &Trigger) {
     assert!(!trigger.ignores_null_values, "{}: no data must not be 0", trigger.place);
     assert_ne!(trigger.metric_type.as_deref(), Some("Value"), "{}", trigger.place);
     assert!(trigger.broken.is_none(), "{} says that it is broken", trigger.place);
-    let at_zero = prometheus.query_before_anything(&trigger.query).await;
-    let wakes = trigger.min_replicas != Some(0) || !at_zero.is_empty();
-    assert!(wakes, "{}: nothing would wake it from zero", trigger.place);
+}
+
+/// With no replica at all: the fleet may stay at zero while nobody asks, and one request that the router holds is enough
+/// to wake it.
+#[tokio::test]
+async fn one_request_wakes_a_fleet_from_zero_and_none_leaves_it_there() {
+    if is_missing("prometheus") {
+        return;
+    }
+    let mut command = servelab(&["route", "--port", "0", "--hold-timeout", "10m"]);
+    command.args(["--replica", NOBODY]);
+    let router = Server::spawn(command);
+    let exporters = Exporters::start().await;
+    let nobody = NOBODY.trim_start_matches("http://");
+    let targets =
+        Targets { replicas: [nobody, nobody], routers: vec![router.address()], exporters: &exporters };
+    let prometheus = Prometheus::start(&targets);
+    let held = "sum(servelab_router_requests_held)";
+    until(&prometheus, &format!("{held} == 0")).await;
+    let from_zero = || TRIGGERS.iter().flat_map(|folder| triggers::of(folder)).filter(Trigger::is_from_zero);
+    for trigger in from_zero() {
+        let elements = prometheus.query(&trigger.query).await;
+        assert_eq!(
+            elements.len(),
+            1,
+            "{}: an error at zero leads to the fallback: {elements:?}",
+            trigger.place
+        );
+        assert!(number(&elements[0]) <= trigger.activation_threshold, "{}: never at zero", trigger.place);
+    }
+    for trigger in triggers::of(BROKEN_TRIGGERS).iter().filter(|trigger| trigger.is_from_zero()) {
+        assert!(prometheus.query(&trigger.query).await.is_empty(), "{} works at zero", trigger.place);
+    }
+    let body = greedy("Wake up", 1);
+    let request = router.client.post(router.url("/v1/completions")).json(&body).send();
+    let checks = async {
+        until(&prometheus, &format!("{held} == 1")).await;
+        for trigger in from_zero() {
+            let elements = prometheus.query(&trigger.query).await;
+            assert_eq!(elements.len(), 1, "{}: {elements:?}", trigger.place);
+            assert!(number(&elements[0]) > trigger.activation_threshold, "{}: asleep", trigger.place);
+        }
+    };
+    tokio::select! {
+        () = checks => {}
+        answer = request => panic!("nobody can have answered: {answer:?}"),
+    }
+}
+
+/// Waits until an expression has an element.
+async fn until(prometheus: &Prometheus, expression: &str) {
+    let start = Instant::now();
+    while prometheus.query(expression).await.is_empty() {
+        assert!(start.elapsed() < PATIENCE, "never {expression}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// The broken ones are shown to people as such: each must fail in the way that its annotation names.
 async fn is_broken_as_it_says(prometheus: &Prometheus, trigger: &Trigger) {
     let elements = prometheus.query(&trigger.query).await;
+    // Before anything was scraped there was no series at all.
     let before = prometheus.query_before_anything(&trigger.query).await;
     let broken = match trigger.broken.as_deref().unwrap_or_else(|| panic!("{}: why?", trigger.place)) {
         "several-elements" => elements.len() == 2,
-        "empty-at-zero" => trigger.min_replicas == Some(0) && elements.len() == 1 && before.is_empty(),
+        // How they are at zero is looked at where there are no replicas.
+        "empty-at-zero" => trigger.is_from_zero() && trigger.ignores_null_values && elements.len() == 1,
+        "error-at-zero" => trigger.is_from_zero() && !trigger.ignores_null_values && elements.len() == 1,
+        "counted-twice" => {
+            let more = format!("{} > sum(servelab_router_requests_in_flight)", trigger.query);
+            until(prometheus, &more).await;
+            elements.len() == 1
+        }
         "value-metric-type" => trigger.metric_type.as_deref() == Some("Value"),
         "ignores-null-values" => trigger.ignores_null_values && before.is_empty(),
         "constant-zero" => elements.len() == 1 && number(&elements[0]) == 0.0,
-        // Before anything was scraped there is no series at all; of buckets that stand still comes NaN.
+        // Of buckets that stand still comes NaN.
         "not-a-number-when-idle" => {
             let idle = trigger.query.replace("rate(", "0 * rate(");
             let elements = prometheus.query(&idle).await;
@@ -288,13 +380,21 @@ async fn metrics_pass_promtool_but_for_the_name_kept_from_vllm() {
     }
     let server = Server::start(&[]).await;
     server.complete("Hello", 2).await;
+    let kept = format!("servelab_{}", names::ITERATION_TOKENS.name);
+    let complaints = complaints(&server).await;
+    assert!(complaints.iter().any(|line| line.starts_with(&kept)), "promtool had nothing to complain about");
+    assert!(complaints.iter().all(|line| line.starts_with(&kept)), "{complaints:#?}");
+    let router = router(&[&server.base]).await;
+    assert_eq!(router.post("/v1/completions", &greedy("Hello", 2)).await.0, 200);
+    assert_eq!(self::complaints(&router).await, Vec::<String>::new());
+}
+
+/// What promtool says about the metrics of a server.
+async fn complaints(server: &Server) -> Vec<String> {
     let (status, metrics) = server.get("/metrics").await;
     assert_eq!(status, 200);
     let (_, output) = promtool(repository(), &["check", "metrics"], &metrics);
-    let kept = format!("servelab_{}", names::ITERATION_TOKENS.name);
-    let complaints: Vec<&str> = output.lines().filter(|line| !line.starts_with(&kept)).collect();
-    assert!(complaints.is_empty(), "{complaints:#?}");
-    assert!(metrics.lines().any(|line| line.starts_with(&kept)), "promtool had nothing to complain about");
+    output.lines().map(str::to_owned).collect()
 }
 
 /// All files below a place in the repository.
@@ -306,19 +406,33 @@ fn all_files(place: &Path) -> Vec<std::path::PathBuf> {
     entries.flat_map(|entry| all_files(&entry.unwrap().path())).collect()
 }
 
-/// The name of the metric that a series belongs to.
-fn metric_of(series: &str) -> &str {
-    let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| series.strip_suffix(suffix));
-    let is_histogram = |name: &str| {
-        let of_table = |metric: &&names::Metric| name.strip_prefix("servelab_") == Some(metric.name);
-        names::ALL.iter().find(of_table).is_some_and(|metric| matches!(metric.kind, Kind::Histogram(_)))
-    };
-    base.filter(|name| is_histogram(name)).unwrap_or(series)
+/// Names of metrics, and which of them are histograms.
+struct Exported {
+    names: BTreeSet<String>,
+    histograms: BTreeSet<String>,
 }
 
-fn exported() -> BTreeSet<String> {
-    let table = names::ALL.iter().map(|metric| format!("servelab_{}", metric.name));
-    table.chain(PROCESS.map(str::to_owned)).collect()
+impl Exported {
+    /// What replicas and routers export. The router's are read from one, which knows an address so that it has a series
+    /// of every kind.
+    async fn find() -> Self {
+        let table = names::ALL.iter().map(|metric| (format!("servelab_{}", metric.name), metric.kind));
+        let of_replica: Vec<(String, bool)> =
+            table.map(|(name, kind)| (name, matches!(kind, Kind::Histogram(_)))).collect();
+        let text = router(&[NOBODY]).await.get("/metrics").await.1;
+        let typed = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        let of_router = typed.map(|(name, kind)| (name.to_owned(), kind == "histogram"));
+        let all: Vec<(String, bool)> = of_replica.into_iter().chain(of_router).collect();
+        let names = all.iter().map(|(name, _)| name.clone()).chain(PROCESS.map(str::to_owned)).collect();
+        let histograms = all.into_iter().filter(|(_, is_histogram)| *is_histogram).map(|(name, _)| name);
+        Self { names, histograms: histograms.collect() }
+    }
+
+    /// The name of the metric that a series belongs to.
+    fn metric_of<'a>(&self, series: &'a str) -> &'a str {
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| series.strip_suffix(suffix));
+        base.filter(|name| self.histograms.contains(*name)).unwrap_or(series)
+    }
 }
 
 /// Series whose names come from the rules.
@@ -330,31 +444,38 @@ fn recorded() -> BTreeSet<String> {
     texts.flat_map(|text| -> Vec<String> { of(text) }).collect()
 }
 
-#[test]
-fn every_metric_that_is_named_exists() {
-    let (exported, recorded) = (exported(), recorded());
+#[tokio::test]
+async fn every_metric_that_is_named_exists() {
+    let exported = Exported::find().await;
+    let (recorded, elsewhere) = (recorded(), exporters::names());
     for path in PLACES.iter().flat_map(|place| all_files(&repository().join(place))) {
         let text = read(&path);
-        let known = |word: &str| exported.contains(metric_of(word)) || recorded.contains(word);
+        let known = |word: &str| {
+            exported.names.contains(exported.metric_of(word))
+                || recorded.contains(word)
+                || elsewhere.contains(word)
+        };
         let unknown: Vec<&str> = words(&text).filter(|word| is_series(word) && !known(word)).collect();
         assert!(unknown.is_empty(), "{}: {unknown:?}", path.display());
     }
 }
 
-#[test]
-fn every_metric_is_shown_or_listed_as_not_shown() {
+#[tokio::test]
+async fn every_metric_is_shown_or_listed_as_not_shown() {
+    let exported = Exported::find().await;
     let text: String = files("dashboards", "json").into_iter().map(read).collect();
     let rules: String = files("dashboards/rules", "yaml").into_iter().map(read).collect();
-    let shown: BTreeSet<&str> = words(&text).chain(words(&rules)).map(metric_of).collect();
+    let shown: BTreeSet<&str> =
+        words(&text).chain(words(&rules)).map(|word| exported.metric_of(word)).collect();
     let list = read(repository().join("dashboards/not-shown.txt"));
     let entries = list.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     let reasons: BTreeMap<&str, &str> = entries.map(|line| line.split_once(": ").unwrap()).collect();
-    for metric in exported() {
+    for metric in &exported.names {
         let listed = reasons.contains_key(metric.as_str());
         assert_ne!(shown.contains(metric.as_str()), listed, "{metric} must be shown or listed, and not both");
     }
-    let exported = exported();
-    assert!(reasons.keys().all(|name| exported.contains(*name)), "not-shown.txt has a name that is gone");
+    let gone: Vec<&&str> = reasons.keys().filter(|name| !exported.names.contains(**name)).collect();
+    assert!(gone.is_empty(), "not-shown.txt has names that are gone: {gone:?}");
 }
 
 #[test]

@@ -10,10 +10,23 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::exporters::Exporters;
 use crate::util::{PATIENCE, Server};
 
 /// The replicas that the shipped configuration names.
-const SHIPPED_TARGETS: [&str; 2] = ["replica-1:8000", "replica-2:8000"];
+const SHIPPED_REPLICAS: [&str; 2] = ["replica-1:8000", "replica-2:8000"];
+const SHIPPED_ROUTER: &str = "router:8080";
+/// How compose's Prometheus finds dcgm-exporter, and the cluster's KEDA.
+const SHIPPED_DCGM: &str = "    dns_sd_configs:\n      - {names: [dcgm-exporter], type: A, port: 9400}\n";
+const SHIPPED_KEDA: &str = "keda-operator.keda.svc:8080";
+
+/// What a Prometheus scrapes in a test, in place of what the shipped configuration names.
+pub struct Targets<'a> {
+    /// Addresses, as `127.0.0.1:PORT`.
+    pub replicas: [&'a str; 2],
+    pub routers: Vec<&'a str>,
+    pub exporters: &'a Exporters,
+}
 
 pub fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -85,8 +98,8 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts it with the shipped configuration, these replicas for targets, and all intervals at one second.
-    pub fn start(replicas: [&Server; 2]) -> Self {
+    /// Starts it with the shipped configuration, these targets, and all intervals at one second.
+    pub fn start(targets: &Targets<'_>) -> Self {
         let folder = TempDir::new().unwrap();
         let rules = folder.path().join("rules");
         fs::create_dir(&rules).unwrap();
@@ -94,11 +107,7 @@ impl Prometheus {
             let text = in_seconds(&read(&path));
             fs::write(rules.join(path.file_name().unwrap()), text).unwrap();
         }
-        let shipped = in_seconds(&read(repository().join("deploy/compose/prometheus.yml")));
-        let mut config = replace(&shipped, "/etc/prometheus/rules", rules.to_str().unwrap());
-        for (name, replica) in SHIPPED_TARGETS.iter().zip(replicas) {
-            config = replace(&config, name, replica.address());
-        }
+        let config = replace(&scrape_config(targets), "/etc/prometheus/rules", rules.to_str().unwrap());
         fs::write(folder.path().join("prometheus.yml"), config).unwrap();
         Self::spawn(folder)
     }
@@ -185,6 +194,21 @@ impl Drop for Prometheus {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Compose's configuration with these targets, and what a cluster's has besides.
+fn scrape_config(targets: &Targets<'_>) -> String {
+    let mut config = in_seconds(&read(repository().join("deploy/compose/prometheus.yml")));
+    for (name, replica) in SHIPPED_REPLICAS.iter().zip(targets.replicas) {
+        config = replace(&config, name, replica);
+    }
+    config = replace(&config, SHIPPED_ROUTER, &targets.routers.join("\", \""));
+    let at = |address: &str| format!("    static_configs:\n      - targets: [\"{address}\"]\n");
+    config = replace(&config, SHIPPED_DCGM, &at(&targets.exporters.dcgm.address));
+    let cluster = read(repository().join("deploy/kustomize/components/monitoring/prometheus.yml"));
+    let keda = &cluster[cluster.find("  - job_name: keda\n").unwrap()..];
+    config += &replace(keda, SHIPPED_KEDA, &targets.exporters.keda.address);
+    config + "  - job_name: kube-state-metrics\n" + &at(&targets.exporters.kube_state_metrics.address)
 }
 
 /// With every interval at one second: a test has no time to wait.

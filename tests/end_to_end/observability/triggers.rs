@@ -63,8 +63,16 @@ pub struct Trigger {
     pub metric_type: Option<String>,
     pub ignores_null_values: bool,
     pub min_replicas: Option<u32>,
+    /// Above it the scaler keeps the fleet from zero.
+    pub activation_threshold: f64,
     /// How it fails, where its manifest says that it is broken.
     pub broken: Option<String>,
+}
+
+impl Trigger {
+    pub fn is_from_zero(&self) -> bool {
+        self.min_replicas == Some(0)
+    }
 }
 
 /// Every trigger of the ScaledObjects in a folder.
@@ -94,6 +102,7 @@ fn triggers(object: ScaledObject) -> Vec<Trigger> {
         metric_type: trigger.metric_type,
         ignores_null_values: trigger.metadata.ignore_null_values.as_deref() != Some("false"),
         min_replicas: spec.min_replica_count,
+        activation_threshold: trigger.metadata.activation_threshold.map_or(0.0, |text| text.parse().unwrap()),
         broken: metadata.annotations.get("servelab.dev/broken").cloned(),
     };
     prometheus.map(read).collect()
