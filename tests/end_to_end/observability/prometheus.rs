@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::exporters::Exporters;
-use crate::util::{PATIENCE, Server};
+use crate::util::PATIENCE;
 
 /// The replicas that the shipped configuration names.
 const SHIPPED_REPLICAS: [&str; 2] = ["replica-1:8000", "replica-2:8000"];
