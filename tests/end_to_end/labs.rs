@@ -9,6 +9,7 @@
 //! With SERVELAB_LABS_RECORD=1 each line that is shown is printed beside what came out here; with =write the labs get it.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -186,7 +187,8 @@ fn record(path: &Path, all: &[Shown]) {
     let Ok(mode) = std::env::var("SERVELAB_LABS_RECORD") else { return };
     let name = path.file_name().unwrap().to_str().unwrap();
     for Shown { line, text, measured } in all {
-        println!("{name}:{}: {text}\n  -> {measured}", line + 1);
+        let told = format!("{name}:{}: {text}\n  -> {measured}\n", line + 1);
+        std::io::stdout().write_all(told.as_bytes()).unwrap();
     }
     if mode == "write" {
         let markdown = std::fs::read_to_string(path).unwrap();

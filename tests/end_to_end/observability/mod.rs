@@ -413,19 +413,15 @@ struct Exported {
 }
 
 impl Exported {
-    /// What replicas and routers export. The router's are read from one, which knows an address so that it has a series
-    /// of every kind.
-    async fn find() -> Self {
-        let table = names::ALL.iter().map(|metric| (format!("servelab_{}", metric.name), metric.kind));
-        let of_replica: Vec<(String, bool)> =
-            table.map(|(name, kind)| (name, matches!(kind, Kind::Histogram(_)))).collect();
-        let text = router(&[NOBODY]).await.get("/metrics").await.1;
-        let typed = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
-        let of_router = typed.map(|(name, kind)| (name.to_owned(), kind == "histogram"));
-        let all: Vec<(String, bool)> = of_replica.into_iter().chain(of_router).collect();
-        let names = all.iter().map(|(name, _)| name.clone()).chain(PROCESS.map(str::to_owned)).collect();
-        let histograms = all.into_iter().filter(|(_, is_histogram)| *is_histogram).map(|(name, _)| name);
-        Self { names, histograms: histograms.collect() }
+    /// What replicas and routers export.
+    fn new() -> Self {
+        let table = || names::ALL.iter().chain(names::router::ALL);
+        let named = |metric: &names::Metric| format!("servelab_{}", metric.name);
+        let histograms = table().filter(|metric| matches!(metric.kind, Kind::Histogram(_)));
+        Self {
+            names: table().map(named).chain(PROCESS.map(str::to_owned)).collect(),
+            histograms: histograms.map(named).collect(),
+        }
     }
 
     /// The name of the metric that a series belongs to.
@@ -444,9 +440,9 @@ fn recorded() -> BTreeSet<String> {
     texts.flat_map(|text| -> Vec<String> { of(text) }).collect()
 }
 
-#[tokio::test]
-async fn every_metric_that_is_named_exists() {
-    let exported = Exported::find().await;
+#[test]
+fn every_metric_that_is_named_exists() {
+    let exported = Exported::new();
     let (recorded, elsewhere) = (recorded(), exporters::names());
     for path in PLACES.iter().flat_map(|place| all_files(&repository().join(place))) {
         let text = read(&path);
@@ -460,9 +456,9 @@ async fn every_metric_that_is_named_exists() {
     }
 }
 
-#[tokio::test]
-async fn every_metric_is_shown_or_listed_as_not_shown() {
-    let exported = Exported::find().await;
+#[test]
+fn every_metric_is_shown_or_listed_as_not_shown() {
+    let exported = Exported::new();
     let text: String = files("dashboards", "json").into_iter().map(read).collect();
     let rules: String = files("dashboards/rules", "yaml").into_iter().map(read).collect();
     let shown: BTreeSet<&str> =
