@@ -81,7 +81,8 @@ impl App {
             max_retries: options.max_retries,
             hedge_quantile: options.hedge_quantile,
             max_waiting: options.max_waiting,
-            budget: Budget::default(),
+            // A choice may favour one replica; twice what it should have is what it may take with it.
+            budget: Budget::new(slots.saturating_mul(2)),
             first_bytes: FirstBytes::default(),
             hold: Hold::new(options.hold, options.metrics.clone()),
             decisions: Decisions::default(),

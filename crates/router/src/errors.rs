@@ -46,6 +46,8 @@ pub enum RouterError {
     Cut,
     #[error("the replica did not begin to answer within {} s", .0.as_secs())]
     FirstByte(Duration),
+    #[error("the replica answers nothing any more, not even whether it is well; send the request again")]
+    Lost,
     #[error("the replica said nothing for {} s in the middle of the answer", .0.as_secs())]
     Idle(Duration),
     #[error("the answer was not complete after {} s, which is the limit", .0.as_secs())]
@@ -125,7 +127,7 @@ impl RouterError {
             Self::Unreachable | Self::BrokenOff | Self::Cut => {
                 (StatusCode::BAD_GATEWAY, ServerError, Some("replica_failed"))
             }
-            Self::FirstByte(_) | Self::Idle(_) | Self::Total(_) => {
+            Self::FirstByte(_) | Self::Lost | Self::Idle(_) | Self::Total(_) => {
                 (StatusCode::GATEWAY_TIMEOUT, ServerError, Some("replica_timed_out"))
             }
             Self::Draining | Self::Drained => {

@@ -153,6 +153,7 @@ fn probe(typed: &TypedRoute) -> Result<ProbeOptions, RouteSettingsError> {
         interval: time("health-interval", typed.health_interval, usual.interval)?,
         timeout: time("health-timeout", typed.health_timeout, usual.timeout)?,
         fall: usual.fall,
+        lost: usual.lost,
         metrics_prefixes: usual.metrics_prefixes,
     })
 }

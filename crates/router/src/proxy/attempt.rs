@@ -27,8 +27,9 @@ use crate::replicas::registry::{Chosen, Replica, Ticket};
 const WHOLE_BYTES: u64 = 1 << 20;
 /// The longest that an estimate is waited for.
 const FAR: Duration = Duration::from_secs(86_400);
-/// Of an answer that another attempt replaces.
+/// Of an answer that another attempt replaces, and how long it is waited for.
 const ERROR_BYTES: usize = 64 << 10;
+const ERROR_TIME: Duration = Duration::from_secs(2);
 
 /// What is sent, to whichever replica.
 pub struct Outgoing {
@@ -142,7 +143,11 @@ async fn exchange(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Ans
         };
         Failed::new(Fault::FirstByte, error)
     };
-    tokio::time::timeout_at(deadline, send(app, outgoing, chosen)).await.map_err(late)?
+    let answer = tokio::time::timeout_at(deadline, send(app, outgoing, chosen));
+    tokio::select! {
+        answer = answer => answer.map_err(late)?,
+        () = chosen.replica.until_lost() => Err(Failed::new(Fault::FirstByte, RouterError::Lost)),
+    }
 }
 
 async fn send(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Answer, Failed> {
@@ -162,9 +167,11 @@ async fn send(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Answer,
     let (mut parts, mut body) = answer.into_parts();
     remove_hop_by_hop(&mut parts.headers);
     if elsewhere(parts.status) {
-        let body = Limited::new(body, ERROR_BYTES).collect().await.map_err(|error| broken(&*error))?;
-        let answer = Some(Box::new((parts, body.to_bytes())));
-        return Err(Failed { fault: Fault::Status, error: RouterError::Unreachable, answer });
+        return Err(refused(parts, body).await);
+    }
+    // No request asks for another protocol.
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Failed::new(Fault::BrokenOff, RouterError::BrokenOff));
     }
     let is_events = is_events(&parts);
     let length = http_body::Body::size_hint(&body).exact();
@@ -174,6 +181,18 @@ async fn send(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Answer,
     }
     let first = body.frame().await.transpose().map_err(|error| broken(&error))?;
     Ok((parts, Beginning::Streams { is_events, first, rest: body }))
+}
+
+/// Keeps what the replica says, if it comes to its end.
+async fn refused(parts: response::Parts, body: Incoming) -> Failed {
+    let whole = tokio::time::timeout(ERROR_TIME, Limited::new(body, ERROR_BYTES).collect());
+    match whole.await {
+        Ok(Ok(whole)) => {
+            let answer = Some(Box::new((parts, whole.to_bytes())));
+            Failed { fault: Fault::Status, error: RouterError::Unreachable, answer }
+        }
+        _ => Failed::new(Fault::Status, RouterError::BrokenOff),
+    }
 }
 
 /// Answers that say: not here, or not now.
@@ -211,13 +230,13 @@ fn request(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Request<Fu
     if let Some(key) = &app.replica_key {
         headers.insert(header::AUTHORIZATION, key.clone());
     }
-    if let Ok(id) = HeaderValue::from_str(request_id(parts)) {
+    if let Ok(id) = HeaderValue::from_str(&request_id(parts)) {
         headers.insert("x-request-id", id);
     }
     Ok(request)
 }
 
 /// The id that the request has or was given.
-pub fn request_id(parts: &request::Parts) -> &str {
-    parts.extensions.get::<HttpRequestId>().map_or("unknown", |id| &id.0)
+pub fn request_id(parts: &request::Parts) -> Arc<str> {
+    parts.extensions.get::<HttpRequestId>().map_or_else(|| "unknown".into(), |id| id.0.clone())
 }

@@ -24,10 +24,10 @@ use self::flight::{Admission, Flight, Visit};
 use self::stream::AnswerBody;
 use crate::app::App;
 use crate::choice::replica_set::ReplicaSet;
-use crate::decisions::Explained;
+use crate::decisions::{Explained, Noted};
 use crate::errors::RouterError;
 use crate::limits::queue::Full;
-use crate::metrics::Outcome;
+use crate::metrics::{Fault, Outcome};
 use crate::prompt::{self, Asked};
 use crate::replicas::registry::Chosen;
 use crate::usage;
@@ -96,8 +96,8 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
     let key = incoming.key;
     let outcome = forward_counted(app, incoming, asked).await;
     match outcome {
-        Ok((begun, admission, estimate, explained)) => {
-            Ok(answer(app, begun, visit, admission, estimate, explained, key))
+        Ok((begun, admission, estimate, noted)) => {
+            Ok(answer(app, begun, visit, admission, estimate, noted, key))
         }
         Err(error) => {
             let refused = error.status().is_client_error();
@@ -113,7 +113,7 @@ struct Estimate {
     end: tokio::time::Instant,
 }
 
-type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate, Option<Explained>);
+type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate, Option<Arc<Noted>>);
 
 async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result<Passed, RouterError> {
     let Incoming { parts, body, key } = incoming;
@@ -124,7 +124,7 @@ async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Re
     let outgoing = Outgoing { parts, body, asked, end };
     app.budget.earn();
     match try_replicas(app, &outgoing).await {
-        Ok((begun, explained)) => Ok((Ok(begun), admission, estimate, explained.filter(|_| explains))),
+        Ok((begun, noted)) => Ok((Ok(begun), admission, estimate, explains.then_some(noted))),
         Err(Failed { answer: Some(answer), .. }) => Ok((Err(answer), admission, estimate, None)),
         Err(Failed { error, .. }) => {
             if let Some(reservation) = admission.reservation {
@@ -164,27 +164,32 @@ async fn admit(
 }
 
 /// Tries one replica after the other until one begins to answer.
-async fn try_replicas(app: &Arc<App>, outgoing: &Outgoing) -> Result<(Begun, Option<Explained>), Failed> {
+async fn try_replicas(app: &Arc<App>, outgoing: &Outgoing) -> Result<(Begun, Arc<Noted>), Failed> {
     let mut tried = ReplicaSet::EMPTY;
     let mut last: Option<Failed> = None;
-    let mut number = 0;
+    let (mut number, mut tries_again) = (0, false);
     loop {
         let chosen = match choose(app, outgoing, &tried) {
             Some(chosen) => chosen,
-            // All that are ready were tried; if none is ready, they may have been lost since.
-            None => match last {
-                Some(failed) if app.registry.ready() > 0 => return Err(failed),
-                _ => {
-                    tried = ReplicaSet::EMPTY;
-                    hold(app, outgoing).await?
+            None => {
+                if let Some(failed) = last {
+                    // One that broke off may be gone without anybody knowing yet, or back already: once more shows it.
+                    let broke_off =
+                        failed.fault == Fault::BrokenOff && !std::mem::replace(&mut tries_again, true);
+                    // All that are ready were tried; if none is ready, they may have been lost since.
+                    if app.registry.ready() > 0 && !broke_off {
+                        return Err(failed);
+                    }
                 }
-            },
+                tried = ReplicaSet::EMPTY;
+                hold(app, outgoing).await?
+            }
         };
         number += 1;
-        let explained = note(app, outgoing, &chosen, number);
+        let noted = note(app, outgoing, &chosen, number);
         tried.insert(chosen.replica.id);
         match attempt_or_hedge(app, outgoing, chosen, &mut tried).await {
-            Ok(begun) => return Ok((begun, Some(explained))),
+            Ok(begun) => return Ok((begun, noted)),
             Err(failed) => {
                 if !may_retry(app, &failed, number) {
                     return Err(failed);
@@ -206,7 +211,7 @@ fn choose(app: &Arc<App>, outgoing: &Outgoing, tried: &ReplicaSet) -> Option<Cho
 async fn hold(app: &Arc<App>, outgoing: &Outgoing) -> Result<Chosen, Failed> {
     let choose = || app.registry.choose(&outgoing.asked.prompt, &ReplicaSet::EMPTY);
     let held = app.hold.until_chosen(&app.registry, choose);
-    let refused = |error| Failed { fault: crate::metrics::Fault::Unreachable, error, answer: None };
+    let refused = |error| Failed { fault: Fault::Unreachable, error, answer: None };
     tokio::select! {
         held = held => held.map_err(refused),
         () = app.cut.cancelled() => Err(refused(RouterError::Drained)),
@@ -233,20 +238,20 @@ async fn backoff(number: u32) {
 }
 
 /// Keeps the decision for whoever asks.
-fn note(app: &App, outgoing: &Outgoing, chosen: &Chosen, number: u32) -> Explained {
+fn note(app: &App, outgoing: &Outgoing, chosen: &Chosen, number: u32) -> Arc<Noted> {
     let policy = app.policy;
     app.metrics.chose(policy, chosen.decision.reason);
-    let explained = Explained::new(
+    let noted = Arc::new(Noted::new(
         &chosen.decision,
         policy.name(),
         outgoing.asked.prompt.tokens,
         number,
         request_id(&outgoing.parts),
         app.registry.now(),
-        |replica| app.registry.name(replica),
-    );
-    app.decisions.add(explained.clone());
-    explained
+        |replicas| app.registry.names(replicas),
+    ));
+    app.decisions.add(noted.clone());
+    noted
 }
 
 /// One attempt, and beside it a second one if the first is slower than nearly all others were. The loser is dropped,
@@ -295,7 +300,7 @@ fn answer(
     mut visit: Visit,
     admission: Admission,
     estimate: Estimate,
-    explained: Option<Explained>,
+    noted: Option<Arc<Noted>>,
     key: usize,
 ) -> Answer {
     let mut begun = match begun {
@@ -312,7 +317,7 @@ fn answer(
     };
     add_headers(
         app,
-        explained.as_ref(),
+        noted.as_deref(),
         admission.reservation.is_some().then_some(key),
         &mut begun.parts.headers,
     );
@@ -335,8 +340,9 @@ fn answer(
     Answer { parts, body }
 }
 
-fn add_headers(app: &App, explained: Option<&Explained>, limited: Option<usize>, headers: &mut HeaderMap) {
-    if let Some(value) = explained.and_then(|explained| HeaderValue::try_from(explained.header()).ok()) {
+fn add_headers(app: &App, noted: Option<&Noted>, limited: Option<usize>, headers: &mut HeaderMap) {
+    let shown = noted.map(|noted| Explained::from(noted).header());
+    if let Some(value) = shown.and_then(|text| HeaderValue::try_from(text).ok()) {
         headers.insert(DECISION_HEADER, value);
     }
     if let Some(key) = limited {

@@ -22,8 +22,10 @@ pub struct AnswerBody {
     /// Of a stream of server-sent events.
     events: Option<WholeEvents>,
     timeouts: Timeouts,
-    /// The earlier of the two ends: of silence and of everything.
+    /// Rings at the end of everything, or at the end of a silence that began at `last` or earlier.
     timer: Pin<Box<Sleep>>,
+    /// When the replica said something last.
+    last: Instant,
     end: Instant,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     flight: Flight,
@@ -49,9 +51,10 @@ impl AnswerBody {
         cut: WaitForCancellationFutureOwned,
         flight: Flight,
     ) -> Self {
-        let timer = Box::pin(tokio::time::sleep_until(end.min(Instant::now() + timeouts.idle)));
-        let events = is_events.then(WholeEvents::default);
-        Self { first, rest, events, timeouts, timer, end, cut: Box::pin(cut), flight, state: State::Passing }
+        let last = Instant::now();
+        let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
+        let (cut, events) = (Box::pin(cut), is_events.then(WholeEvents::default));
+        Self { first, rest, events, timeouts, timer, last, end, cut, flight, state: State::Passing }
     }
 
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
@@ -60,7 +63,11 @@ impl AnswerBody {
         }
         match Pin::new(&mut self.rest).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
-                self.timer.as_mut().reset(self.end.min(Instant::now() + self.timeouts.idle));
+                self.last = Instant::now();
+                // One that never pauses never comes to the timer.
+                if self.last >= self.end {
+                    return Poll::Ready(Some(Err(self.timed_out())));
+                }
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
@@ -72,9 +79,22 @@ impl AnswerBody {
                 if self.cut.as_mut().poll(context).is_ready() {
                     return Poll::Ready(Some(Err(RouterError::Drained)));
                 }
-                ready!(self.timer.as_mut().poll(context));
+                ready!(self.poll_end(context));
                 Poll::Ready(Some(Err(self.timed_out())))
             }
+        }
+    }
+
+    /// Ready when there was silence for too long, or the time is over. The timer is set anew when it rings and not with
+    /// each piece of the answer.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.timer.as_mut().poll(context));
+            let due = self.end.min(self.last + self.timeouts.idle);
+            if Instant::now() >= due {
+                return Poll::Ready(());
+            }
+            self.timer.as_mut().reset(due);
         }
     }
 

@@ -24,6 +24,9 @@ pub struct ProbeOptions {
     pub timeout: Duration,
     /// Checks in a row that must fail before a replica that was ready is not. One suffices the other way.
     pub fall: u32,
+    /// Checks in a row without any answer after which it is taken for lost: requests that wait for its first word are
+    /// sent elsewhere. More than `fall`, since a machine that is merely busy is slow to say so.
+    pub lost: u32,
     /// In front of the names of metrics, any of these.
     pub metrics_prefixes: Vec<String>,
 }
@@ -35,6 +38,7 @@ impl Default for ProbeOptions {
             interval: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             fall: 2,
+            lost: 5,
             metrics_prefixes: vec!["servelab_".to_owned(), "vllm:".to_owned()],
         }
     }
@@ -48,13 +52,16 @@ pub async fn watch(
     options: Arc<ProbeOptions>,
 ) {
     let asked = async {
-        let mut failures = 0;
+        let (mut failures, mut silences) = (0_u32, 0_u32);
         loop {
-            if is_ready(&client, &replica, &options).await {
+            let status = health(&client, &replica, &options).await;
+            silences = if status.is_some() { 0 } else { silences.saturating_add(1) };
+            replica.set_lost(silences >= options.lost);
+            if status == Some(StatusCode::OK) {
                 failures = 0;
                 registry.set_ready(&replica, true);
             } else {
-                failures += 1;
+                failures = failures.saturating_add(1);
                 if failures >= options.fall {
                     registry.set_ready(&replica, false);
                 }
@@ -77,9 +84,10 @@ fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(rand::rng().random_range(0.9..1.1))
 }
 
-async fn is_ready(client: &Client, replica: &Replica, options: &ProbeOptions) -> bool {
+/// What it says of itself, if anything.
+async fn health(client: &Client, replica: &Replica, options: &ProbeOptions) -> Option<StatusCode> {
     let asked = get(client, replica, &options.health_path, 64 << 10);
-    matches!(tokio::time::timeout(options.timeout, asked).await, Ok(Some((StatusCode::OK, _))))
+    Some(tokio::time::timeout(options.timeout, asked).await.ok()??.0)
 }
 
 async fn metrics(client: &Client, replica: &Replica, options: &ProbeOptions) -> Option<String> {

@@ -44,8 +44,12 @@ impl Health {
 pub struct Replica {
     pub id: ReplicaId,
     pub address: Address,
+    /// The same as text, for whoever keeps it.
+    pub name: Arc<str>,
     /// Cancelled when it is taken off the list.
     pub removed: CancellationToken,
+    /// True while it answers nothing at all, not even whether it is well.
+    lost: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -59,6 +63,20 @@ struct State {
 impl Replica {
     pub fn health(&self) -> Health {
         lock(&self.state).health
+    }
+
+    /// Whether it answers nothing at all.
+    pub fn set_lost(&self, lost: bool) {
+        let changed = self.lost.send_if_modified(|known| std::mem::replace(known, lost) != lost);
+        if changed && lost {
+            tracing::warn!(replica = %self.address, "it answers nothing; what waits for it is taken elsewhere");
+        }
+    }
+
+    /// Waits until it answers nothing at all.
+    pub async fn until_lost(&self) {
+        // The sender is at hand as long as `self`.
+        let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
     }
 }
 
@@ -139,7 +157,9 @@ impl Registry {
         let replica = Arc::new(Replica {
             id,
             address: address.clone(),
+            name: address.to_string().into(),
             removed: CancellationToken::new(),
+            lost: watch::Sender::new(false),
             state: Mutex::new(state),
         });
         inner.replicas.insert(id, replica.clone());
@@ -175,12 +195,14 @@ impl Registry {
         self.len() == 0
     }
 
-    /// The address of a replica, or of nobody if it is gone.
-    pub fn name(&self, replica: ReplicaId) -> String {
-        lock(&self.inner)
-            .replicas
-            .get(&replica)
-            .map_or_else(|| "gone".to_owned(), |replica| replica.address.to_string())
+    /// The names of replicas; of nobody for one that is gone.
+    pub fn names(&self, replicas: impl Iterator<Item = ReplicaId>) -> Vec<Arc<str>> {
+        let inner = lock(&self.inner);
+        let name = |replica| match inner.replicas.get(&replica) {
+            Some(replica) => replica.name.clone(),
+            None => "gone".into(),
+        };
+        replicas.map(name).collect()
     }
 
     /// Replicas that say that they are ready.

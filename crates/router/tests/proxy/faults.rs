@@ -7,9 +7,8 @@ use servelab_router::Timeouts;
 
 use crate::util::{Backend, Behaviour, Routed, options, until};
 
-/// Fault 7 of the peers: another replica answers as long as nothing has come back.
 #[tokio::test]
-async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
+async fn fault_7_what_fails_before_the_first_byte_is_tried_elsewhere() {
     for behaviour in [
         Behaviour::BreakAtOnce,
         Behaviour::ShortBody,
@@ -29,7 +28,7 @@ async fn what_fails_before_the_first_byte_is_tried_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_stream_that_has_begun_ends_with_an_event_that_says_why() {
+async fn fault_7_what_has_begun_is_never_tried_again_and_ends_with_an_event_that_says_why() {
     let backend = Backend::start(Behaviour::BreakMidway);
     let routed = Routed::before(&[&backend]).await;
     let text = routed.ask(true).send().await.unwrap().text().await.unwrap();

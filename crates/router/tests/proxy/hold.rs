@@ -1,5 +1,4 @@
-//! Fault 8 of the peers: with no replica there, the router holds requests, counts them, and sends them on when one
-//! turns ready.
+//! With no replica there, the router holds requests, counts them, and sends them on when one turns ready.
 
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use crate::util::{Backend, Behaviour, Routed, options, until};
 const HELD: &str = "servelab_router_requests_held";
 
 #[tokio::test]
-async fn held_requests_are_answered_when_a_replica_turns_ready() {
+async fn fault_8_with_no_replica_requests_are_held_and_counted_for_the_scaler() {
     let backend = Backend::start(Behaviour::Answer);
     backend.set_ready(false);
     let routed = Routed::start(options(&[&backend]), 0).await;
@@ -44,7 +43,7 @@ async fn when_the_last_replica_dies_requests_wait_for_the_next() {
 }
 
 #[tokio::test]
-async fn holding_is_bounded_in_number_and_time() {
+async fn fault_8_holding_is_bounded_in_number_and_time() {
     let mut options = options(&[]);
     options.hold.max_requests = 1;
     options.hold.timeout = Duration::from_millis(1500);

@@ -1,6 +1,8 @@
 //! The router as its clients see it, in front of backends that do as the test says: slow, full, dying, silent.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+/// A replica that writes its own bytes.
+mod raw;
 /// Backends and a router on free ports; HTTP in a few words.
 mod util;
 
@@ -10,6 +12,10 @@ mod drain;
 mod faults;
 /// No replica there, then one.
 mod hold;
+/// Replicas that break the protocol, never end, or vanish.
+mod hostile;
+/// What other routers are known to do wrong.
+mod known_faults;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
 /// What passes unchanged, and what the router adds.

@@ -70,9 +70,8 @@ async fn who_asks_is_told_the_decision_and_the_last_ones_are_kept() {
     assert_eq!(kept["decisions"][0]["table"].as_array().unwrap().len(), 2);
 }
 
-/// Fault 4 of the peers: a client that leaves frees its request at the replica at once, whatever it waits for.
 #[tokio::test]
-async fn a_client_that_leaves_is_gone_at_the_replica_too() {
+async fn fault_4_a_client_that_leaves_frees_its_request_at_the_replica_at_once() {
     let backend = Backend::start(Behaviour::Hang);
     let routed = Routed::before(&[&backend]).await;
     for (streams, behaviour) in [(false, Behaviour::Hang), (true, Behaviour::Hang), (true, Behaviour::Stall)]
@@ -95,9 +94,8 @@ async fn a_client_that_leaves_is_gone_at_the_replica_too() {
     assert_eq!(replicas["replicas"][0]["in_flight"], 0);
 }
 
-/// Fault 6 of the peers: a slow client slows its own replica's stream and fills nobody's memory.
 #[tokio::test]
-async fn a_client_that_does_not_read_holds_up_its_own_stream_only() {
+async fn fault_6_a_slow_client_slows_its_own_stream_and_fills_nobodys_memory() {
     let backend = Backend::start(Behaviour::Endless);
     let routed = Routed::before(&[&backend]).await;
     let unread = routed.ask(true).send().await.unwrap();

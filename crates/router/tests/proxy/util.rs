@@ -250,7 +250,12 @@ pub struct Routed {
 
 /// Options for tests: everything quick.
 pub fn options(backends: &[&Backend]) -> RouterOptions {
-    let addresses = backends.iter().map(|backend| backend.address.to_string().parse().unwrap()).collect();
+    options_to(&backends.iter().map(|backend| backend.address).collect::<Vec<_>>())
+}
+
+/// The same before whatever listens there.
+pub fn options_to(addresses: &[SocketAddr]) -> RouterOptions {
+    let addresses = addresses.iter().map(|address| address.to_string().parse().unwrap()).collect();
     RouterOptions {
         host: "127.0.0.1".into(),
         port: 0,
