@@ -62,9 +62,10 @@ kernels:
     SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \
         cargo test --quiet --workspace --test cuda_nvrtc -- --nocapture
 
-# 2,000 requests; resident memory must stay flat.
+# 2,000 requests to a replica, 50,000 through the router; resident memory must stay flat.
 soak:
-    SERVELAB_SOAK_REQUESTS=2000 cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat
+    SERVELAB_SOAK_REQUESTS=2000 SERVELAB_ROUTER_SOAK_REQUESTS=50000 \
+        cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat
 
 # NVIDIA's aiperf (pip install aiperf) against a demo server that runs already, by default that of `just demo`.
 aiperf url="http://127.0.0.1:8000" folder="target/aiperf":
@@ -85,6 +86,10 @@ fixtures:
 # Benchmarks of the engine and of the CPU's operations.
 bench *flags:
     cargo bench --package servelab-benches "$@"
+
+# What the router costs, beside no proxy, sglang-router and nginx as far as they are installed; about five minutes.
+router-overhead *flags:
+    {{ python }} benches/routing/overhead.py "$@"
 
 sim:
     @echo "servelab sim is not built yet" >&2; exit 1

@@ -44,7 +44,7 @@ fn converse(mut stream: TcpStream, answers_questions: bool, script: Script) {
 }
 
 /// Path and body; `None` once the client has hung up.
-fn read_request(reader: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
+pub fn read_request(reader: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
     let (mut path, mut length) = (String::new(), 0);
     loop {
         let mut line = String::new();
@@ -66,12 +66,12 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
     Some((path, serde_json::from_slice(&body).unwrap_or_default()))
 }
 
-fn say(stream: &mut TcpStream, text: &str) {
+pub fn say(stream: &mut TcpStream, text: &str) {
     // The client may have left.
     let _ = stream.write_all(text.as_bytes());
 }
 
-fn plain(status: &str, body: &str) -> String {
+pub fn plain(status: &str, body: &str) -> String {
     let length = body.len();
     format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}")
 }

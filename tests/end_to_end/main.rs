@@ -46,6 +46,9 @@ mod plan;
 mod robustness;
 /// The router before real replicas.
 mod router;
+/// The router's memory over thousands of requests.
+#[cfg(target_os = "linux")]
+mod router_memory;
 /// The simulated device: its answers, its time, its memory, and that it says what it is.
 mod sim;
 /// Streams carry the same answer, piece by piece.

@@ -1,5 +1,6 @@
 //! The router before real replicas: one is killed, one drains, none is there yet, one holds the prefix.
 
+use std::cell::Cell;
 use std::net::TcpListener;
 
 use futures::future::join_all;
@@ -88,6 +89,126 @@ async fn a_replica_that_drains_loses_nothing() {
     let (statuses, ()) = tokio::join!(ask_all(&router, 16), draining);
     assert_eq!(statuses, [200; 16], "{}", router.log());
     assert_eq!(ask_all(&router, 4).await, [200; 4]);
+}
+
+/// Clients that each send their next request when the last one has been answered, until `done` is.
+async fn ask_until<T>(router: &Server, clients: usize, done: impl Future<Output = T>) -> (Vec<u16>, T) {
+    let over = Cell::new(false);
+    let asked = (0..clients).map(async |client| {
+        let mut statuses = Vec::new();
+        while !over.get() {
+            let number = client + clients * statuses.len();
+            statuses.push(router.post("/v1/completions", &body(number)).await.0);
+        }
+        statuses
+    });
+    let done = async {
+        let done = done.await;
+        over.set(true);
+        done
+    };
+    let (statuses, done) = tokio::join!(join_all(asked), done);
+    (statuses.concat(), done)
+}
+
+async fn until_it_works(router: &Server, replica: &Server) {
+    router.until("it works", async || replica.engine_state().await["running"] != json!([])).await;
+}
+
+#[tokio::test]
+async fn a_replica_that_is_killed_and_started_again_under_load_loses_no_unstreamed_request() {
+    let (mut killed, one, other) = tokio::join!(replica(), replica(), replica());
+    let router = router(&[&killed.base, &one.base, &other.base], &[]).await;
+    until_ready(&router, 3).await;
+    let port = killed.base.rsplit(':').next().unwrap().to_owned();
+    let killing = async {
+        until_it_works(&router, &killed).await;
+        killed.signal("KILL");
+        killed.ended().await;
+        until_ready(&router, 2).await;
+        let mut command = servelab(&["serve", "--port", &port]);
+        command.args(REPLICA);
+        let again = Server::spawn(command);
+        until_ready(&router, 3).await;
+        until_it_works(&router, &again).await;
+    };
+    let (statuses, ()) = ask_until(&router, 6, killing).await;
+    assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}\n{}", router.log());
+}
+
+#[tokio::test]
+async fn replicas_that_come_and_go_under_load_lose_nothing() {
+    let (first, second) = tokio::join!(replica(), replica());
+    let key = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(key.path(), "admin").unwrap();
+    let router = router(&[&first.base], &["--admin-key-file", key.path().to_str().unwrap()]).await;
+    until_ready(&router, 1).await;
+    let change = async |method: reqwest::Method, replica: &Server| {
+        let request = router.client.request(method, router.url("/replicas")).bearer_auth("admin");
+        let answer = request.json(&json!({"url": replica.base})).send().await.unwrap();
+        assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
+    };
+    let changes = async {
+        for _ in 0..2 {
+            change(reqwest::Method::POST, &second).await;
+            until_it_works(&router, &second).await;
+            change(reqwest::Method::DELETE, &first).await;
+            first.until_idle().await;
+            change(reqwest::Method::POST, &first).await;
+            until_it_works(&router, &first).await;
+            change(reqwest::Method::DELETE, &second).await;
+            second.until_idle().await;
+        }
+    };
+    let (statuses, ()) = ask_until(&router, 4, changes).await;
+    assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}\n{}", router.log());
+    assert_eq!(
+        router.metric("servelab_router_retries_total").await,
+        Some(0.0),
+        "what a removed one has ends there"
+    );
+}
+
+#[tokio::test]
+async fn when_all_replicas_die_at_work_the_next_one_answers_what_they_had() {
+    let (mut one, mut other) = tokio::join!(replica(), replica());
+    let router = router(&[&one.base, &other.base], &[]).await;
+    until_ready(&router, 2).await;
+    let port = one.base.rsplit(':').next().unwrap().to_owned();
+    let dying = async {
+        until_it_works(&router, &one).await;
+        until_it_works(&router, &other).await;
+        for replica in [&mut one, &mut other] {
+            replica.signal("KILL");
+            replica.ended().await;
+        }
+        router
+            .until("all are held", async || router.metric("servelab_router_requests_held").await > Some(0.0))
+            .await;
+        let mut command = servelab(&["serve", "--port", &port]);
+        command.args(REPLICA);
+        Server::spawn(command)
+    };
+    let (statuses, _back) = tokio::join!(ask_all(&router, 12), dying);
+    assert_eq!(statuses, [200; 12], "{}", router.log());
+}
+
+/// Its machine answers for it, and the process does nothing: no connection breaks.
+#[tokio::test]
+async fn a_replica_that_freezes_keeps_no_request_that_waits() {
+    let (frozen, other) = tokio::join!(replica(), replica());
+    let flags = ["--health-timeout", "300ms"];
+    let router = router(&[&frozen.base, &other.base], &flags).await;
+    until_ready(&router, 2).await;
+    let freezing = async {
+        until_it_works(&router, &frozen).await;
+        frozen.signal("STOP");
+    };
+    let (statuses, ()) = tokio::join!(ask_all(&router, 12), freezing);
+    assert_eq!(statuses, [200; 12], "{}", router.log());
+    frozen.signal("CONT");
+    until_ready(&router, 2).await;
+    frozen.until_idle().await;
 }
 
 #[tokio::test]
