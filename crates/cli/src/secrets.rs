@@ -21,6 +21,8 @@ pub enum SecretError {
     TooLong { origin: String, number: usize },
     #[error("{} holds no token; put the hub's access token into its first line", .0.display())]
     NoToken(PathBuf),
+    #[error("{} is empty; put the URL of Redis into its first line", .0.display())]
+    NoUrl(PathBuf),
 }
 
 /// The API keys of the file, else those of the environment, else none.
@@ -41,9 +43,20 @@ pub fn api_keys(file: Option<&Path>, variable: Option<&str>) -> Result<Vec<Secre
 /// # Errors
 /// If the file cannot be read or is empty.
 pub fn hub_token(path: &Path) -> Result<Secret, SecretError> {
+    first_line(path)?.ok_or_else(|| SecretError::NoToken(path.to_owned()))
+}
+
+/// The first line of the file that holds the URL of Redis, which may have a password in it.
+///
+/// # Errors
+/// If the file cannot be read or is empty.
+pub fn redis_url(path: &Path) -> Result<Secret, SecretError> {
+    first_line(path)?.ok_or_else(|| SecretError::NoUrl(path.to_owned()))
+}
+
+fn first_line(path: &Path) -> Result<Option<Secret>, SecretError> {
     let text = read(path)?;
-    let token = text.lines().map(str::trim).find(|line| !line.is_empty());
-    token.map(Secret::new).ok_or_else(|| SecretError::NoToken(path.to_owned()))
+    Ok(text.lines().map(str::trim).find(|line| !line.is_empty()).map(Secret::new))
 }
 
 /// Whether others than its owner may read the file.

@@ -15,6 +15,7 @@ use crate::errors::RouterError;
 use crate::idempotency::Answers;
 use crate::limits::Limits;
 use crate::limits::queue::Gate;
+use crate::limits::redis::{self, Shared};
 use crate::metrics::RouterMetrics;
 use crate::options::{RouterOptions, Timeouts};
 use crate::proxy::budget::Budget;
@@ -56,14 +57,14 @@ pub struct App {
 impl App {
     /// # Errors
     /// If a key cannot be used.
-    pub fn new(options: &RouterOptions) -> Result<Self, UnusableKey> {
+    pub fn new(options: &RouterOptions, shared: Option<Shared>) -> Result<Self, UnusableKey> {
         let secrets: Vec<_> = options.keys.iter().map(|key| key.secret.clone()).collect();
         let admin: Vec<_> = options.admin_key.iter().cloned().collect();
         let registry = Arc::new(Registry::new(options.fleet));
         let client = client(options.timeouts.connect);
         let limits: Vec<_> = match options.keys.as_slice() {
-            [] => vec![options.anonymous_limits],
-            keys => keys.iter().map(|key| key.limits).collect(),
+            [] => vec![("anonymous".to_owned(), options.anonymous_limits)],
+            keys => keys.iter().map(|key| (redis::name_of(&key.secret), key.limits)).collect(),
         };
         let replica_key = options.replica_key.as_ref().map(|key| {
             let mut value = HeaderValue::try_from(format!("Bearer {}", key.expose()));
@@ -86,7 +87,7 @@ impl App {
             first_bytes: FirstBytes::default(),
             hold: Hold::new(options.hold, options.metrics.clone()),
             decisions: Decisions::default(),
-            limits: Arc::new(Limits::new(&limits, registry.now())),
+            limits: Arc::new(Limits::new(limits, shared, registry.now())),
             gate: Arc::new(Gate::new(slots, options.max_waiting)),
             answers: Arc::new(Answers::new(options.idempotency_window)),
             replica_key: replica_key.transpose()?,

@@ -7,7 +7,7 @@ use http::{HeaderValue, StatusCode, header};
 use servelab_front::{BodyError, KeyError};
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType};
 
-use crate::limits::{Kind, Refused};
+use crate::limits::{Denied, Kind, Refused};
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum RouterError {
@@ -38,6 +38,8 @@ pub enum RouterError {
     QueueFull { limit: usize, retry_after: Duration },
     #[error("{0}")]
     Limit(Refused),
+    #[error("the limits cannot be checked now, and no request goes on without; try again in 1 s")]
+    LimitsAway,
     #[error("the replica could not be reached; send the request again")]
     Unreachable,
     #[error("the replica broke off before it answered; send the request again")]
@@ -75,6 +77,15 @@ impl From<BodyError> for RouterError {
             BodyError::TooLarge { limit } => Self::TooLarge { limit },
             BodyError::Slow(limit) => Self::BodySlow(limit),
             BodyError::Broken(how) => Self::BodyBroken(how),
+        }
+    }
+}
+
+impl From<Denied> for RouterError {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Limit(refused) => Self::Limit(refused),
+            Denied::Away => Self::LimitsAway,
         }
     }
 }
@@ -124,6 +135,7 @@ impl RouterError {
                 };
                 (StatusCode::TOO_MANY_REQUESTS, RateLimitError, Some(code))
             }
+            Self::LimitsAway => (StatusCode::SERVICE_UNAVAILABLE, ServerError, Some("limits_unavailable")),
             Self::Unreachable | Self::BrokenOff | Self::Cut => {
                 (StatusCode::BAD_GATEWAY, ServerError, Some("replica_failed"))
             }
@@ -147,7 +159,9 @@ impl RouterError {
             | Self::TooManyHeld { retry_after, .. }
             | Self::QueueFull { retry_after, .. } => Some(*retry_after),
             Self::Limit(refused) => refused.retry_after,
-            Self::Draining | Self::Drained | Self::StillRunning => Some(Duration::from_secs(1)),
+            Self::LimitsAway | Self::Draining | Self::Drained | Self::StillRunning => {
+                Some(Duration::from_secs(1))
+            }
             _ => None,
         }
     }

@@ -20,5 +20,7 @@ mod routes;
 mod server;
 pub mod usage;
 
-pub use options::{ClientKey, HoldOptions, RouterOptions, Source, Timeouts};
+pub use options::{
+    ClientKey, Dns, HoldOptions, KubernetesService, Question, RouterOptions, ServicePort, Source, Timeouts,
+};
 pub use server::{RouteError, Server};

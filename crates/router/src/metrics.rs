@@ -88,6 +88,9 @@ pub struct RouterMetrics {
     pub predicted_hit_tokens: IntCounter,
     pub confirmed_hit_tokens: IntCounter,
     limited: IntCounterVec,
+    pub limits_redis_seconds: Histogram,
+    pub limits_redis_away: IntCounter,
+    pub limits_redis_unsettled: IntCounter,
     pub idempotent_answers: IntCounter,
     pub index_bytes: IntGauge,
     replicas: IntGaugeVec,
@@ -121,6 +124,9 @@ impl RouterMetrics {
             predicted_hit_tokens: make.counter(&names::PREDICTED_HIT_TOKENS)?,
             confirmed_hit_tokens: make.counter(&names::CONFIRMED_HIT_TOKENS)?,
             limited: make.counters(&names::LIMITED, &["limit"])?,
+            limits_redis_seconds: make.histogram(&names::LIMITS_REDIS_SECONDS)?,
+            limits_redis_away: make.counter(&names::LIMITS_REDIS_AWAY)?,
+            limits_redis_unsettled: make.counter(&names::LIMITS_REDIS_UNSETTLED)?,
             idempotent_answers: make.counter(&names::IDEMPOTENT_ANSWERS)?,
             index_bytes: make.gauge(&names::INDEX_BYTES)?,
             replicas: make.gauges(&names::REPLICAS, &["health"])?,
@@ -138,7 +144,9 @@ impl RouterMetrics {
     fn touch(&self, policy: Policy) {
         Outcome::ALL.iter().for_each(|outcome| self.requests.with_label_values(&[outcome.name()]).inc_by(0));
         Fault::ALL.iter().for_each(|fault| self.faults.with_label_values(&[fault.name()]).inc_by(0));
-        ["requests", "tokens"].iter().for_each(|limit| self.limited.with_label_values(&[limit]).inc_by(0));
+        ["requests", "tokens", "away"]
+            .iter()
+            .for_each(|limit| self.limited.with_label_values(&[limit]).inc_by(0));
         for reason in [Reason::Only, Reason::Prefix, Reason::Spill, Reason::Load, Reason::Hash, Reason::Turn]
         {
             self.choices.with_label_values(&[policy.name(), reason.name()]).inc_by(0);
@@ -157,7 +165,7 @@ impl RouterMetrics {
         self.choices.with_label_values(&[policy.name(), reason.name()]).inc();
     }
 
-    /// `limit` is `requests` or `tokens`.
+    /// `limit` is `requests`, `tokens`, or `away` where it could not be asked.
     pub fn limited(&self, limit: &'static str) {
         self.limited.with_label_values(&[limit]).inc();
     }

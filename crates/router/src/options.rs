@@ -1,6 +1,9 @@
 //! How a router works, ready to use. Each field says its unit; the defaults are those of the command line.
 
+use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +11,7 @@ use servelab_telemetry::Secret;
 
 use crate::choice::fleet::FleetOptions;
 use crate::limits::KeyLimits;
+use crate::limits::redis::RedisOptions;
 use crate::metrics::RouterMetrics;
 use crate::replicas::address::Address;
 use crate::replicas::probe::ProbeOptions;
@@ -60,12 +64,84 @@ pub enum Source {
     Static(Vec<Address>),
     /// One address a line; read again when it changes.
     File(PathBuf),
+    Dns(Dns),
+    Kubernetes(KubernetesService),
+}
+
+/// A question to the domain name system, asked again and again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dns {
+    pub question: Question,
+    /// Who is asked; `None` are the servers, search domains and hosts of the system's files.
+    pub server: Option<SocketAddr>,
+    pub interval: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Question {
     /// Every address that the name has.
-    Dns {
-        name: String,
-        port: u16,
-        interval: Duration,
-    },
+    Addresses { name: String, port: u16 },
+    /// Every host and port that its SRV records tell.
+    Services { name: String },
+}
+
+impl Question {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Addresses { name, .. } | Self::Services { name } => name,
+        }
+    }
+}
+
+/// A service of Kubernetes whose EndpointSlices are watched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KubernetesService {
+    /// `None` is that of the service account, or of the kubeconfig's context.
+    pub namespace: Option<String>,
+    pub name: String,
+    pub port: ServicePort,
+    /// `None` is `KUBECONFIG`, `~/.kube/config`, or the pod's service account.
+    pub kubeconfig: Option<PathBuf>,
+}
+
+/// A port of the pods behind a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServicePort {
+    Number(u16),
+    /// As the service names it.
+    Name(String),
+}
+
+impl FromStr for ServicePort {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.parse() {
+            Ok(number) if number > 0 => Ok(Self::Number(number)),
+            Err(_) if is_label(text) && text.contains(|char: char| char.is_ascii_lowercase()) => {
+                Ok(Self::Name(text.to_owned()))
+            }
+            _ => Err(()),
+        }
+    }
+}
+
+impl fmt::Display for ServicePort {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(formatter, "{number}"),
+            Self::Name(name) => formatter.write_str(name),
+        }
+    }
+}
+
+/// Whether it can be the name of a namespace, a service or a port: a label of RFC 1123.
+pub fn is_label(text: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&text.len())
+        && text.bytes().all(inner)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
 }
 
 /// Everything that a router is started with.
@@ -90,6 +166,8 @@ pub struct RouterOptions {
     /// None: everybody may come in, with [`RouterOptions::anonymous_limits`] for all together.
     pub keys: Vec<ClientKey>,
     pub anonymous_limits: KeyLimits,
+    /// Where routers count together; `None`: each for itself.
+    pub limits_redis: Option<RedisOptions>,
     /// Opens `POST` and `DELETE /replicas`.
     pub admin_key: Option<Secret>,
     /// Sent to the replicas in place of the client's key.

@@ -11,9 +11,11 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
-use crate::discovery;
+use crate::discovery::Discovery;
+use crate::discovery::kubernetes::KubernetesError;
 use crate::errors::RouterError;
-use crate::options::{RouterOptions, Source};
+use crate::limits::redis::Shared;
+use crate::options::RouterOptions;
 use crate::routes::router;
 
 /// How long answers that were cut have to leave.
@@ -30,6 +32,10 @@ pub enum RouteError {
     Bind { address: String, source: std::io::Error },
     #[error(transparent)]
     Key(#[from] UnusableKey),
+    #[error("--limits-redis: {0}")]
+    Redis(#[from] redis::RedisError),
+    #[error("--replicas-kubernetes: {0}")]
+    Kubernetes(#[from] KubernetesError),
     #[error("the HTTP server failed: {0}")]
     Http(tokio::task::JoinError),
 }
@@ -39,7 +45,7 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     app: Arc<App>,
-    sources: Vec<Source>,
+    discovery: Discovery,
     max_connections: usize,
     drain_timeout: Duration,
 }
@@ -48,15 +54,17 @@ impl Server {
     /// Takes the address. Connections queue until [`Server::run`].
     ///
     /// # Errors
-    /// If the address is taken or wrong, or a key cannot be used.
+    /// If the address is taken or wrong, a key cannot be used, or no cluster is configured where one is to be asked.
     pub async fn bind(options: RouterOptions) -> Result<Self, RouteError> {
-        let app = Arc::new(App::new(&options)?);
+        let shared = options.limits_redis.clone().map(|redis| Shared::new(redis, options.metrics.clone()));
+        let app = Arc::new(App::new(&options, shared.transpose()?)?);
         let failed =
             |source| RouteError::Bind { address: format!("{}:{}", options.host, options.port), source };
         let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let RouterOptions { sources, max_connections, drain_timeout, .. } = options;
-        Ok(Self { listener, address, app, sources, max_connections, drain_timeout })
+        let discovery = Discovery::find(sources).await?;
+        Ok(Self { listener, address, app, discovery, max_connections, drain_timeout })
     }
 
     /// The address taken; tells the port where 0 was asked for.
@@ -69,10 +77,10 @@ impl Server {
     /// # Errors
     /// If the HTTP server fails.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), RouteError> {
-        let Self { listener, app, sources, max_connections, drain_timeout, .. } = self;
+        let Self { listener, app, discovery, max_connections, drain_timeout, .. } = self;
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
-        discovery::follow(&app.members, sources, &stop);
+        discovery.follow(&app.members, &stop);
         let (down, going_down) = oneshot::channel::<()>();
         let refused = move || {
             let error = RouterError::TooManyConnections { limit: max_connections };
@@ -92,6 +100,7 @@ impl Server {
             Err(panicked) = &mut http => return Err(RouteError::Http(panicked)),
         }
         drain(&app, drain_timeout).await;
+        app.limits.settled().await;
         let _ = down.send(());
         // Readers that do not read get no more than that.
         if tokio::time::timeout(LAST_BYTES, &mut http).await.is_err() {

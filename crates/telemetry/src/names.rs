@@ -171,6 +171,10 @@ pub mod router {
         HEDGES = counter("router_hedges_total", "Second attempts beside a slow first one.");
         HEDGES_WON = counter("router_hedges_won_total", "Such attempts that answered first.");
         LIMITED = counter("router_limited_total", "Requests refused by a limit.");
+        LIMITS_REDIS_AWAY = counter("router_limits_redis_away_total",
+            "Requests whose limits were not decided by Redis, since it did not answer in time.");
+        LIMITS_REDIS_UNSETTLED = counter("router_limits_redis_unsettled_total",
+            "Answers whose tokens could not be settled in Redis; what they had reserved stays taken.");
         IDEMPOTENT_ANSWERS = counter("router_idempotent_answers_total", "Requests that got the answer of an earlier one.");
         PROMPT_TOKENS = counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.");
         PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
@@ -191,6 +195,8 @@ pub mod router {
         DECISION_SECONDS = histogram("router_decision_seconds", Buckets::RouterOwn, "Choosing a replica.");
         ADDED_LATENCY_SECONDS = histogram("router_added_latency_seconds", Buckets::RouterOwn,
             "From the last byte of a request to its first attempt, without waiting.");
+        LIMITS_REDIS_SECONDS = histogram("router_limits_redis_seconds", Buckets::RouterOwn,
+            "How long Redis took to decide about the limits of a request.");
         TIME_TO_FIRST_BYTE_SECONDS = histogram("router_time_to_first_byte_seconds", Buckets::RouterWait,
             "From sending a request to the first byte of its answer's body.");
     }

@@ -11,6 +11,7 @@ use crate::size::{ByteSize, TimeSpan};
 pub const EXAMPLES: &str = "\
 Examples:
   servelab route --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002
+  servelab route --replicas-kubernetes servelab:http
   servelab route --replicas-dns servelab-headless:8000 --api-key-file keys --tokens-per-minute 100000
   curl -H 'x-servelab-decision: 1' ...      the answer tells which replica was chosen and why
   curl http://127.0.0.1:8080/replicas       the replicas as the router sees them; also /decisions, /metrics
@@ -53,9 +54,24 @@ typed! {
     /// Name whose addresses are all replicas, as that of a headless service; followed while it changes.
     #[arg(long, value_name = "NAME:PORT", help_heading = "Replicas")]
     replicas_dns: Vec<String>,
+    /// Name whose SRV records tell host and port of every replica, such as
+    /// _http._tcp.servelab-headless.default.svc.cluster.local; followed while it changes.
+    #[arg(long, value_name = "NAME", help_heading = "Replicas")]
+    replicas_srv: Vec<String>,
     /// How often names are resolved [default: 5s].
     #[arg(long, value_name = "TIME", help_heading = "Replicas")]
     dns_interval: TimeSpan,
+    /// Name server to ask, such as a Consul agent's 127.0.0.1:8600 [default: those of /etc/resolv.conf].
+    #[arg(long, value_name = "IP:PORT", help_heading = "Replicas")]
+    dns_server: String,
+    /// Service of Kubernetes whose pods are replicas, followed by its EndpointSlices: a pod that ends gets nothing new
+    /// and may finish what it has. PORT is a name or number of the pods. Needs get, list and watch on endpointslices
+    /// of discovery.k8s.io [default namespace: that of the service account].
+    #[arg(long, value_name = "[NAMESPACE/]SERVICE:PORT", help_heading = "Replicas")]
+    replicas_kubernetes: Vec<String>,
+    /// How to reach the cluster [default: KUBECONFIG, else ~/.kube/config, else the pod's service account].
+    #[arg(long, value_name = "FILE", help_heading = "Replicas")]
+    kubeconfig: PathBuf,
     /// Where a replica says that it is ready [default: /health].
     #[arg(long, value_name = "PATH", help_heading = "Replicas")]
     health_path: String,
@@ -132,12 +148,27 @@ typed! {
     /// File with the key that opens POST and DELETE /replicas [default: nobody may].
     #[arg(long, value_name = "FILE", help_heading = "Limits")]
     admin_key_file: PathBuf,
-    /// Requests a minute of each key, at this router [default: no limit].
+    /// Requests a minute of each key, at this router or with --limits-redis at all of them [default: no limit].
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     requests_per_minute: u64,
-    /// Tokens a minute of each key, prompt and answer, at this router [default: no limit].
+    /// Tokens a minute of each key, prompt and answer, at this router or with --limits-redis at all of them
+    /// [default: no limit].
     #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
     tokens_per_minute: u64,
+    /// Redis in which several routers count together, redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], or rediss:// for
+    /// TLS. A password is safer in a file [default: each router counts for itself].
+    #[arg(long, value_name = "URL", help_heading = "Limits")]
+    limits_redis: String,
+    /// File with that URL.
+    #[arg(long, value_name = "FILE", help_heading = "Limits")]
+    limits_redis_file: PathBuf,
+    /// How long a request waits for Redis at most [default: 50ms].
+    #[arg(long, value_name = "TIME", help_heading = "Limits")]
+    limits_redis_timeout: TimeSpan,
+    /// While Redis does not answer in time: local (each router counts for itself), refuse (503) or allow (nobody
+    /// counts) [default: local].
+    #[arg(long, value_name = "WHAT", help_heading = "Limits")]
+    limits_redis_away: String,
     /// Requests that each ready replica has at once; more wait here, fairly between keys [default: 512].
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     max_in_flight: usize,

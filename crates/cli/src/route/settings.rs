@@ -7,11 +7,15 @@ use servelab_router::choice::fleet::FleetOptions;
 use servelab_router::choice::policy::{Policy, UnknownPolicy};
 use servelab_router::choice::rates::Pace;
 use servelab_router::limits::KeyLimits;
+use servelab_router::limits::redis::{Away, BadRedisAddress, RedisAddress, RedisOptions, UnknownAway};
 use servelab_router::metrics::{MetricsError, RouterMetrics};
+use servelab_router::options::is_label;
 use servelab_router::prompt::BLOCK_SIZE;
 use servelab_router::replicas::address::{Address, BadAddress};
 use servelab_router::replicas::probe::ProbeOptions;
-use servelab_router::{ClientKey, HoldOptions, RouterOptions, Source, Timeouts};
+use servelab_router::{
+    ClientKey, Dns, HoldOptions, KubernetesService, Question, RouterOptions, Source, Timeouts,
+};
 use servelab_telemetry::{LogError, LogFormat, Secret};
 
 use super::args::TypedRoute;
@@ -24,13 +28,31 @@ use crate::size::TimeSpan;
 #[derive(Debug, thiserror::Error)]
 pub enum RouteSettingsError {
     #[error(
-        "no replica is named; give --replica URL, --replicas-file FILE or --replicas-dns NAME:PORT, or an --admin-key-file to add them later"
+        "no replica is named; give --replica URL, --replicas-file FILE, --replicas-dns NAME:PORT, --replicas-srv NAME or --replicas-kubernetes SERVICE:PORT, or an --admin-key-file to add them later"
     )]
     NoReplica,
     #[error("--replica {0}")]
     Replica(#[from] BadAddress),
     #[error("--replicas-dns {0:?} is no NAME:PORT, such as servelab-headless:8000")]
     Dns(String),
+    #[error(
+        "--replicas-srv {0:?} is no name, such as _http._tcp.servelab-headless.default.svc.cluster.local"
+    )]
+    Srv(String),
+    #[error("--dns-server {0:?} is no IP:PORT, such as 127.0.0.1:8600")]
+    DnsServer(String),
+    #[error(
+        "--replicas-kubernetes {0:?} is no [NAMESPACE/]SERVICE:PORT, such as servelab:http or serving/servelab:8000"
+    )]
+    Kubernetes(String),
+    #[error("--limits-redis: {0}")]
+    Redis(#[from] BadRedisAddress),
+    #[error("give --limits-redis or --limits-redis-file, not both")]
+    RedisTwice,
+    #[error("--limits-redis-away: {0}")]
+    RedisAway(#[from] UnknownAway),
+    #[error("--{0} is of no use without {1}")]
+    OfNoUse(&'static str, &'static str),
     #[error("--policy: {0}")]
     Policy(#[from] UnknownPolicy),
     #[error("--{name} is {value}; {rule}")]
@@ -101,6 +123,7 @@ impl RouteSettings {
             max_waiting: typed.max_waiting.unwrap_or(4096),
             keys: keys.into_iter().map(|secret| ClientKey { secret, limits }).collect(),
             anonymous_limits: limits,
+            limits_redis: limits_redis(&typed, &limits)?,
             admin_key: key_of(&typed.admin_key_file)?,
             replica_key: key_of(&typed.replica_key_file)?,
             idempotency_window: time(
@@ -126,7 +149,17 @@ fn sources(typed: &TypedRoute) -> Result<Vec<Source>, RouteSettingsError> {
         sources.push(Source::Static(addresses));
     }
     sources.extend(typed.replicas_file.clone().map(Source::File));
-    let interval = time("dns-interval", typed.dns_interval, Duration::from_secs(5))?;
+    sources.extend(names(typed)?.into_iter().map(Source::Dns));
+    sources.extend(services(typed)?.into_iter().map(Source::Kubernetes));
+    if sources.is_empty() && typed.admin_key_file.is_none() {
+        return Err(RouteSettingsError::NoReplica);
+    }
+    Ok(sources)
+}
+
+/// What the domain name system is asked.
+fn names(typed: &TypedRoute) -> Result<Vec<Dns>, RouteSettingsError> {
+    let mut questions = Vec::new();
     for text in typed.replicas_dns.iter().flatten() {
         let wrong = || RouteSettingsError::Dns(text.clone());
         let (name, port) = text.rsplit_once(':').ok_or_else(wrong)?;
@@ -134,12 +167,42 @@ fn sources(typed: &TypedRoute) -> Result<Vec<Source>, RouteSettingsError> {
         if name.is_empty() {
             return Err(wrong());
         }
-        sources.push(Source::Dns { name: name.to_owned(), port, interval });
+        questions.push(Question::Addresses { name: name.to_owned(), port });
     }
-    if sources.is_empty() && typed.admin_key_file.is_none() {
-        return Err(RouteSettingsError::NoReplica);
+    for name in typed.replicas_srv.iter().flatten() {
+        let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        if !(1..=255).contains(&name.len()) || !name.bytes().all(sane) {
+            return Err(RouteSettingsError::Srv(name.clone()));
+        }
+        questions.push(Question::Services { name: name.clone() });
     }
-    Ok(sources)
+    let server = |text: &String| text.parse().map_err(|_| RouteSettingsError::DnsServer(text.clone()));
+    let server = typed.dns_server.as_ref().map(server).transpose()?;
+    if questions.is_empty() && server.is_some() {
+        return Err(RouteSettingsError::OfNoUse("dns-server", "--replicas-dns or --replicas-srv"));
+    }
+    let interval = time("dns-interval", typed.dns_interval, Duration::from_secs(5))?;
+    Ok(questions.into_iter().map(|question| Dns { question, server, interval }).collect())
+}
+
+fn services(typed: &TypedRoute) -> Result<Vec<KubernetesService>, RouteSettingsError> {
+    let texts = typed.replicas_kubernetes.as_deref().unwrap_or_default();
+    if texts.is_empty() && typed.kubeconfig.is_some() {
+        return Err(RouteSettingsError::OfNoUse("kubeconfig", "--replicas-kubernetes"));
+    }
+    let service = |text: &String| {
+        let (namespace, rest) = match text.split_once('/') {
+            None => (None, text.as_str()),
+            Some((namespace, rest)) => (Some(namespace.to_owned()), rest),
+        };
+        let (name, port) = rest.rsplit_once(':')?;
+        let sane = is_label(name) && namespace.as_deref().is_none_or(is_label);
+        let kubeconfig = typed.kubeconfig.clone();
+        let port = port.parse().ok().filter(|_| sane)?;
+        Some(KubernetesService { namespace, name: name.to_owned(), port, kubeconfig })
+    };
+    let wrong = |text: &String| RouteSettingsError::Kubernetes(text.clone());
+    texts.iter().map(|text| service(text).ok_or_else(|| wrong(text))).collect()
 }
 
 fn probe(typed: &TypedRoute) -> Result<ProbeOptions, RouteSettingsError> {
@@ -203,6 +266,33 @@ fn time(
     }
 }
 
+/// Where routers count together.
+fn limits_redis(typed: &TypedRoute, limits: &KeyLimits) -> Result<Option<RedisOptions>, RouteSettingsError> {
+    let address: RedisAddress = match (&typed.limits_redis, &typed.limits_redis_file) {
+        (Some(_), Some(_)) => return Err(RouteSettingsError::RedisTwice),
+        (Some(url), None) => url.parse()?,
+        (None, Some(path)) => secrets::redis_url(path)?.expose().parse()?,
+        (None, None) if typed.limits_redis_timeout.is_some() => {
+            return Err(RouteSettingsError::OfNoUse("limits-redis-timeout", "--limits-redis"));
+        }
+        (None, None) if typed.limits_redis_away.is_some() => {
+            return Err(RouteSettingsError::OfNoUse("limits-redis-away", "--limits-redis"));
+        }
+        (None, None) => return Ok(None),
+    };
+    if *limits == KeyLimits::default() {
+        return Err(RouteSettingsError::OfNoUse(
+            "limits-redis",
+            "--requests-per-minute or --tokens-per-minute",
+        ));
+    }
+    Ok(Some(RedisOptions {
+        address,
+        timeout: time("limits-redis-timeout", typed.limits_redis_timeout, Duration::from_millis(50))?,
+        away: typed.limits_redis_away.as_deref().map_or(Ok(Away::default()), str::parse)?,
+    }))
+}
+
 fn at_least_one(name: &'static str, typed: Option<usize>, usual: usize) -> Result<usize, RouteSettingsError> {
     match typed.unwrap_or(usual) {
         0 => Err(RouteSettingsError::Range { name, value: "0".into(), rule: AT_LEAST_ONE }),
@@ -236,12 +326,67 @@ mod tests {
     }
 
     #[test]
+    fn a_service_of_kubernetes_has_a_port_by_name_or_number_and_perhaps_a_namespace() {
+        let typed = |text: &str| {
+            let text = text.to_owned();
+            settings(|typed| typed.replicas_kubernetes = Some(vec![text])).unwrap().options.sources
+        };
+        let service = |namespace: Option<&str>, port: &str| {
+            Source::Kubernetes(KubernetesService {
+                namespace: namespace.map(str::to_owned),
+                name: "servelab".to_owned(),
+                port: port.parse().unwrap(),
+                kubeconfig: None,
+            })
+        };
+        assert_eq!(typed("servelab:http")[1], service(None, "http"));
+        assert_eq!(typed("serving/servelab:8000")[1], service(Some("serving"), "8000"));
+    }
+
+    #[test]
     fn what_cannot_work_is_named() {
         type Change = fn(&mut TypedRoute);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 19] = [
             (|typed| typed.replica = None, "no replica is named"),
             (|typed| typed.replica = Some(vec!["a".into()]), "--replica \"a\" is no address"),
             (|typed| typed.replicas_dns = Some(vec!["a:b".into()]), "is no NAME:PORT"),
+            (|typed| typed.replicas_srv = Some(vec!["a b".into()]), "--replicas-srv \"a b\" is no name"),
+            (
+                |typed| typed.replicas_kubernetes = Some(vec!["a".into()]),
+                "\"a\" is no [NAMESPACE/]SERVICE:PORT",
+            ),
+            (|typed| typed.replicas_kubernetes = Some(vec!["A/b:1".into()]), "\"A/b:1\" is no"),
+            (|typed| typed.replicas_kubernetes = Some(vec!["a:0".into()]), "\"a:0\" is no"),
+            (|typed| typed.replicas_kubernetes = Some(vec!["a:70000".into()]), "\"a:70000\" is no"),
+            (|typed| typed.dns_server = Some("127.0.0.1:53".into()), "--dns-server is of no use"),
+            (|typed| typed.kubeconfig = Some("file".into()), "--kubeconfig is of no use"),
+            (
+                |typed| {
+                    typed.tokens_per_minute = Some(1);
+                    typed.limits_redis = Some("redis.svc:6379".into());
+                },
+                "--limits-redis: it is no address of Redis; give it as redis://",
+            ),
+            (
+                |typed| {
+                    typed.tokens_per_minute = Some(1);
+                    typed.limits_redis = Some("redis://redis.svc".into());
+                    typed.limits_redis_away = Some("wait".into());
+                },
+                "--limits-redis-away: \"wait\" is none of local, refuse, allow",
+            ),
+            (
+                |typed| typed.limits_redis = Some("redis://redis.svc".into()),
+                "of no use without --requests-per-min",
+            ),
+            (|typed| typed.limits_redis_away = Some("local".into()), "of no use without --limits-redis"),
+            (
+                |typed| {
+                    typed.limits_redis = Some("redis://redis.svc".into());
+                    typed.limits_redis_file = Some("file".into());
+                },
+                "not both",
+            ),
             (|typed| typed.policy = Some("best".into()), "unknown policy \"best\""),
             (|typed| typed.hedge = Some(2.0), "--hedge is 2"),
             (|typed| typed.max_in_flight = Some(0), "--max-in-flight is 0"),

@@ -1,14 +1,18 @@
 //! Where replicas come from. Each source says which ones it lists now; the router has all that any source lists.
 
 pub mod dns;
+pub mod endpoint_slices;
 pub mod file;
+pub mod kubernetes;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::options::Source;
+use self::kubernetes::{KubernetesError, Watched};
+use crate::options::{Dns, Source};
 use crate::replicas::address::Address;
 use crate::replicas::client::Client;
 use crate::replicas::probe::{self, ProbeOptions};
@@ -74,18 +78,49 @@ impl Members {
     }
 }
 
-/// Follows every source until the router goes down.
-pub fn follow(members: &Arc<Members>, sources: Vec<Source>, down: &CancellationToken) {
-    for (number, source) in sources.into_iter().enumerate() {
-        let (members, down) = (members.clone(), down.clone());
-        match source {
-            Source::Static(addresses) => members.set(number, addresses.into_iter().collect()),
-            Source::File(path) => drop(tokio::spawn(async move {
-                down.run_until_cancelled(file::follow(&members, number, &path)).await;
-            })),
-            Source::Dns { name, port, interval } => drop(tokio::spawn(async move {
-                down.run_until_cancelled(dns::follow(&members, number, &name, port, interval)).await;
-            })),
+/// Sources that can be followed: what each needs for that was found.
+pub struct Discovery(Vec<Found>);
+
+enum Found {
+    Static(Vec<Address>),
+    File(PathBuf),
+    Dns(Dns),
+    Kubernetes(Watched),
+}
+
+impl Discovery {
+    /// Asks nobody yet.
+    ///
+    /// # Errors
+    /// If a service of Kubernetes is to be followed and no cluster is configured here.
+    pub async fn find(sources: Vec<Source>) -> Result<Self, KubernetesError> {
+        let mut all = Vec::new();
+        for source in sources {
+            all.push(match source {
+                Source::Static(addresses) => Found::Static(addresses),
+                Source::File(path) => Found::File(path),
+                Source::Dns(dns) => Found::Dns(dns),
+                Source::Kubernetes(service) => Found::Kubernetes(Watched::new(service).await?),
+            });
+        }
+        Ok(Self(all))
+    }
+
+    /// Follows every source until the router goes down.
+    pub fn follow(self, members: &Arc<Members>, down: &CancellationToken) {
+        for (number, found) in self.0.into_iter().enumerate() {
+            let (members, down) = (members.clone(), down.clone());
+            tokio::spawn(async move {
+                let following = async {
+                    match found {
+                        Found::Static(addresses) => members.set(number, addresses.into_iter().collect()),
+                        Found::File(path) => file::follow(&members, number, &path).await,
+                        Found::Dns(dns) => dns::follow(&members, number, &dns).await,
+                        Found::Kubernetes(watched) => kubernetes::follow(&members, number, &watched).await,
+                    }
+                };
+                down.run_until_cancelled(following).await;
+            });
         }
     }
 }

@@ -4,62 +4,72 @@ use std::time::Duration;
 
 const MINUTE: f64 = 60.0;
 
+/// What a bucket has at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Level {
+    pub per_minute: f64,
+    /// Below zero where more was used than was there.
+    pub left: f64,
+}
+
+impl Level {
+    /// When there will be as much; zero if there is. `None` if it is more than a minute gives.
+    pub fn wait(&self, amount: u64) -> Option<Duration> {
+        let missing = amount as f64 - self.left;
+        match amount as f64 {
+            amount if amount > self.per_minute => None,
+            _ if missing <= 0.0 => Some(Duration::ZERO),
+            _ => Some(self.time(missing).max(Duration::from_nanos(1))),
+        }
+    }
+
+    pub fn remaining(&self) -> u64 {
+        self.left.max(0.0) as u64
+    }
+
+    /// When it will be full again.
+    pub fn reset(&self) -> Duration {
+        self.time(self.per_minute - self.left)
+    }
+
+    /// How long that much flows in.
+    fn time(&self, amount: f64) -> Duration {
+        let seconds = amount * MINUTE / self.per_minute.max(f64::MIN_POSITIVE);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
+}
+
 /// Holds at most what a minute gives, and is full at first. All times are the caller's clock.
 #[derive(Clone, Copy, Debug)]
 pub struct Bucket {
-    per_minute: f64,
-    level: f64,
+    level: Level,
     at: Duration,
 }
 
 impl Bucket {
     pub fn new(per_minute: u64, now: Duration) -> Self {
-        Self { per_minute: per_minute as f64, level: per_minute as f64, at: now }
+        let per_minute = per_minute as f64;
+        Self { level: Level { per_minute, left: per_minute }, at: now }
     }
 
-    pub fn per_minute(&self) -> u64 {
-        self.per_minute as u64
-    }
-
-    fn fill(&mut self, now: Duration) {
+    /// What it has now.
+    pub fn level(&mut self, now: Duration) -> Level {
         let passed = now.saturating_sub(self.at).as_secs_f64();
-        self.level = (self.level + passed * self.per_minute / MINUTE).min(self.per_minute);
+        let Level { per_minute, left } = self.level;
+        self.level.left = (left + passed * per_minute / MINUTE).min(per_minute);
         self.at = self.at.max(now);
-    }
-
-    /// When there will be as much; zero if there is. `None` if it is more than a minute gives.
-    pub fn wait(&mut self, now: Duration, amount: u64) -> Option<Duration> {
-        self.fill(now);
-        let amount = amount as f64;
-        if amount > self.per_minute {
-            return None;
-        }
-        let missing = (amount - self.level).max(0.0);
-        Some(Duration::from_secs_f64(missing * MINUTE / self.per_minute.max(f64::MIN_POSITIVE)))
+        self.level
     }
 
     /// Takes it, whether it is there or not: what was used is used.
     pub fn take(&mut self, now: Duration, amount: u64) {
-        self.fill(now);
-        self.level -= amount as f64;
+        self.level(now);
+        self.level.left -= amount as f64;
     }
 
     /// Gives back what was taken and not used.
     pub fn give_back(&mut self, amount: u64) {
-        self.level = (self.level + amount as f64).min(self.per_minute);
-    }
-
-    pub fn remaining(&mut self, now: Duration) -> u64 {
-        self.fill(now);
-        self.level.max(0.0) as u64
-    }
-
-    /// When it will be full again.
-    pub fn reset(&mut self, now: Duration) -> Duration {
-        self.fill(now);
-        Duration::from_secs_f64(
-            (self.per_minute - self.level) * MINUTE / self.per_minute.max(f64::MIN_POSITIVE),
-        )
+        self.level.left = (self.level.left + amount as f64).min(self.level.per_minute);
     }
 }
 
@@ -77,14 +87,15 @@ mod tests {
     fn it_gives_a_minutes_worth_and_then_as_fast_as_it_fills() {
         let mut bucket = Bucket::new(60, at(0));
         bucket.take(at(0), 60);
-        assert_eq!((bucket.remaining(at(0)), bucket.reset(at(0))), (0, at(60)));
-        assert_eq!(bucket.wait(at(0), 5), Some(at(5)));
-        assert_eq!(bucket.wait(at(5), 5), Some(at(0)));
-        assert_eq!(bucket.wait(at(0), 61), None, "it will never be there");
+        let level = bucket.level(at(0));
+        assert_eq!((level.remaining(), level.reset()), (0, at(60)));
+        assert_eq!(level.wait(5), Some(at(5)));
+        assert_eq!(bucket.level(at(5)).wait(5), Some(at(0)));
+        assert_eq!(level.wait(61), None, "it will never be there");
         bucket.give_back(50);
-        assert_eq!(bucket.remaining(at(5)), 55);
+        assert_eq!(bucket.level(at(5)).remaining(), 55);
         bucket.give_back(1_000_000);
-        assert_eq!(bucket.remaining(at(5)), 60);
+        assert_eq!(bucket.level(at(5)).remaining(), 60);
     }
 
     proptest! {
@@ -98,7 +109,7 @@ mod tests {
             let (mut now, mut given) = (at(0), 0);
             for (millis, amount) in asks {
                 now += Duration::from_millis(millis);
-                if bucket.wait(now, amount).is_some_and(|wait| wait.is_zero()) {
+                if bucket.level(now).wait(amount).is_some_and(|wait| wait.is_zero()) {
                     bucket.take(now, amount);
                     given += amount;
                 }

@@ -27,6 +27,7 @@ use crate::choice::replica_set::ReplicaSet;
 use crate::decisions::{Explained, Noted};
 use crate::errors::RouterError;
 use crate::limits::queue::Full;
+use crate::limits::{Levels, Reservation};
 use crate::metrics::{Fault, Outcome};
 use crate::prompt::{self, Asked};
 use crate::replicas::registry::Chosen;
@@ -93,11 +94,10 @@ pub async fn asked(incoming: &Incoming) -> Asked {
 /// If a limit is reached, no replica is there in time, or none gives an answer.
 pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result<Answer, RouterError> {
     let mut visit = Visit::new(app);
-    let key = incoming.key;
     let outcome = forward_counted(app, incoming, asked).await;
     match outcome {
         Ok((begun, admission, estimate, noted)) => {
-            Ok(answer(app, begun, visit, admission, estimate, noted, key))
+            Ok(answer(app, begun, visit, admission, estimate, noted))
         }
         Err(error) => {
             let refused = error.status().is_client_error();
@@ -146,9 +146,9 @@ async fn admit(
         return Ok(Admission::default());
     }
     let tokens = u64::from(asked.prompt.tokens) + u64::from(asked.max_output_tokens);
-    let reservation = app.limits.reserve(key, app.registry.now(), tokens).map_err(|refused| {
-        app.metrics.limited(refused.kind.name());
-        RouterError::Limit(refused)
+    let reservation = app.limits.reserve(key, app.registry.now(), tokens).await.map_err(|denied| {
+        app.metrics.limited(denied.name());
+        RouterError::from(denied)
     })?;
     app.set_slots();
     let waiting = app.metrics.waiting();
@@ -301,7 +301,6 @@ fn answer(
     admission: Admission,
     estimate: Estimate,
     noted: Option<Arc<Noted>>,
-    key: usize,
 ) -> Answer {
     let mut begun = match begun {
         Ok(begun) => begun,
@@ -316,9 +315,8 @@ fn answer(
         }
     };
     add_headers(
-        app,
         noted.as_deref(),
-        admission.reservation.is_some().then_some(key),
+        admission.reservation.as_ref().map(Reservation::levels),
         &mut begun.parts.headers,
     );
     let Begun { chosen, dispatch, ticket, parts, body } = begun;
@@ -340,12 +338,12 @@ fn answer(
     Answer { parts, body }
 }
 
-fn add_headers(app: &App, noted: Option<&Noted>, limited: Option<usize>, headers: &mut HeaderMap) {
+fn add_headers(noted: Option<&Noted>, levels: Option<&Levels>, headers: &mut HeaderMap) {
     let shown = noted.map(|noted| Explained::from(noted).header());
     if let Some(value) = shown.and_then(|text| HeaderValue::try_from(text).ok()) {
         headers.insert(DECISION_HEADER, value);
     }
-    if let Some(key) = limited {
-        app.limits.write_headers(key, app.registry.now(), headers);
+    if let Some(levels) = levels {
+        levels.write_headers(headers);
     }
 }

@@ -3,9 +3,17 @@
 
 /// A replica that writes its own bytes.
 mod raw;
+/// A name server with a zone that the test writes.
+mod dns_server;
+/// An API server of Kubernetes that knows EndpointSlices and fails as it is told.
+mod kubernetes_api;
+/// A Redis of the test's own.
+mod redis_server;
 /// Backends and a router on free ports; HTTP in a few words.
 mod util;
 
+/// Replicas that come and go under load, from wherever they are listed.
+mod discovery;
 /// The way down.
 mod drain;
 /// Replicas that fail, before and after the first byte.
@@ -18,5 +26,7 @@ mod hostile;
 mod known_faults;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
+/// Limits that routers share in Redis.
+mod shared_limits;
 /// What passes unchanged, and what the router adds.
 mod transparent;

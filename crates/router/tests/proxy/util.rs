@@ -278,6 +278,7 @@ pub fn options_to(addresses: &[SocketAddr]) -> RouterOptions {
         max_waiting: 100,
         keys: Vec::new(),
         anonymous_limits: KeyLimits::default(),
+        limits_redis: None,
         admin_key: None,
         replica_key: None,
         idempotency_window: Duration::from_secs(600),
