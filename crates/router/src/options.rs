@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use servelab_telemetry::Secret;
+use servelab_telemetry::{Secret, Traces};
 
 use crate::choice::fleet::FleetOptions;
 use crate::limits::KeyLimits;
@@ -98,4 +98,6 @@ pub struct RouterOptions {
     pub idempotency_window: Duration,
     pub drain_timeout: Duration,
     pub metrics: Arc<RouterMetrics>,
+    /// Whoever started them shuts them down, after the router has ended.
+    pub traces: Traces,
 }

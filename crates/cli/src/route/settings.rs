@@ -12,7 +12,7 @@ use servelab_router::prompt::BLOCK_SIZE;
 use servelab_router::replicas::address::{Address, BadAddress};
 use servelab_router::replicas::probe::ProbeOptions;
 use servelab_router::{ClientKey, HoldOptions, RouterOptions, Source, Timeouts};
-use servelab_telemetry::{LogError, LogFormat, Secret};
+use servelab_telemetry::{LogError, LogFormat, Secret, Traces};
 
 use super::args::TypedRoute;
 use crate::open_files;
@@ -110,6 +110,7 @@ impl RouteSettings {
             )?,
             drain_timeout: typed.drain_timeout.map_or(Duration::from_secs(30), |time| time.0),
             metrics: Arc::new(metrics),
+            traces: Traces::off(),
         };
         let log_format = match typed.log_format {
             Some(crate::args::LogFormat::Json) => LogFormat::Json,
