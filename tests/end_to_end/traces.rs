@@ -284,7 +284,9 @@ async fn what_is_left_is_exported_at_the_end_and_no_header_is_logged() {
 #[tokio::test]
 async fn every_attempt_at_a_replica_is_a_span_with_what_the_replica_made_of_it() {
     let collector = Collector::http().await;
-    let full = replica(&collector, &["--max-running", "1", "--max-waiting", "1"]).await;
+    // It computes a step in seconds, so that what is inside stays inside.
+    let full = ["--device", "sim", "--speed", "0.001", "--max-running", "1", "--max-waiting", "1"];
+    let full = Server::start(&[&full, &collector.flags()[..]].concat()).await;
     let free = replica(&collector, &[]).await;
     let long = greedy("The queue", 1500);
     let _inside =
