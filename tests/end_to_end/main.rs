@@ -16,6 +16,8 @@ mod bench_failures;
 mod bench_live;
 /// Every shape of load, a search, results compared, limits of the hardware.
 mod bench_loads;
+/// A collector of traces.
+mod collector;
 /// The command line: settings, the configuration file, exit codes, logs, the address taken.
 mod command_line;
 /// Settings and commands of deploy/.
@@ -53,3 +55,5 @@ mod router_memory;
 mod sim;
 /// Streams carry the same answer, piece by piece.
 mod streaming;
+/// One trace of a request, as a collector gets it.
+mod traces;

@@ -4,6 +4,7 @@ use futures::future::join_all;
 use serde_json::json;
 use servelab_telemetry::names::{self, Kind};
 
+use crate::collector::Collector;
 use crate::util::{Server, greedy, prose};
 
 /// All series of `/metrics` with their values.
@@ -37,13 +38,23 @@ async fn let_everything_happen(server: &Server) {
 
 #[tokio::test]
 async fn every_metric_of_the_table_is_there_from_the_start_and_moves_when_it_should() {
-    let server = Server::start(&["--kv-blocks", "20", "--max-model-len", "512"]).await;
+    let collector = Collector::http().await;
+    // Some spans are lost and some are not.
+    collector.refuse(1);
+    let flags = [&["--kv-blocks", "20", "--max-model-len", "512"], &collector.flags()[..]].concat();
+    let server = Server::start(&flags).await;
     let fresh = series(&server).await;
     for metric in names::ALL {
         let prefix = format!("servelab_{}", metric.name);
         assert!(fresh.keys().any(|series| series.starts_with(&prefix)), "{prefix} is not exported");
     }
     let_everything_happen(&server).await;
+    let exported = "servelab_trace_spans_exported_total{model_name=\"demo\"}";
+    let some_spans_are = async || {
+        server.complete("Hello", 2).await;
+        server.metric(exported).await > Some(0.0)
+    };
+    server.until("spans are exported", some_spans_are).await;
     server.until_idle().await;
     let busy = series(&server).await;
     for metric in names::ALL.iter().filter(|metric| metric.kind != Kind::Gauge) {

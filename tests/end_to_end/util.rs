@@ -31,6 +31,9 @@ pub fn servelab(arguments: &[&str]) -> Command {
     for variable in ["SERVELAB_API_KEYS", "HF_TOKEN", "HF_ENDPOINT"] {
         command.env_remove(variable);
     }
+    for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("OTEL_")) {
+        command.env_remove(variable);
+    }
     command
 }
 

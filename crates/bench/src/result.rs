@@ -570,6 +570,9 @@ pub struct RequestRecord {
     pub usage: Option<UsageCounts>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish_reason: Option<String>,
+    /// Of a request whose trace was recorded, as trace stores show it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
     pub outcome: Outcome,
 }
 

@@ -445,6 +445,7 @@ pub(crate) fn blank(index: u64, phase: Phase, scheduled: Duration) -> RequestRec
         wanted_output_tokens: 0,
         usage: None,
         finish_reason: None,
+        trace_id: None,
         outcome: Outcome::Cut,
     }
 }
@@ -462,6 +463,7 @@ fn fill(record: RequestRecord, observed: Observed, end: Duration) -> RequestReco
         chunks: observed.deltas,
         usage: observed.usage,
         finish_reason: observed.finish_reason,
+        trace_id: observed.trace_id,
         ..record
     }
 }

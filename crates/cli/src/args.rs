@@ -14,6 +14,7 @@ use crate::plan_command::PlanCommand;
 use crate::route::args::RouteCommand;
 use crate::sim_command::SimCommand;
 use crate::size::{ByteSize, TimeSpan};
+use crate::traces::TypedTraces;
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
 const DOCTOR_EXIT_CODES: &str = "Exit codes: 0 all is well, 1 something has to be fixed, 2 wrong usage.";
@@ -202,6 +203,21 @@ pub struct Typed {
     /// Lines for people or JSON objects, on standard error [default: human].
     #[arg(long, value_name = "FORMAT", help_heading = "Metrics and logs")]
     pub log_format: Option<LogFormat>,
+
+    /// Where spans go, as http://HOST:4317 [default: OTEL_EXPORTER_OTLP_ENDPOINT, else no traces].
+    #[arg(long, value_name = "URL", help_heading = "Traces")]
+    pub otlp_endpoint: Option<String>,
+    /// grpc, or http for protobuf over HTTP [default: grpc for port 4317, else http].
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Traces")]
+    pub otlp_protocol: Option<OtlpProtocol>,
+    /// Share of requests that are traced, 0 to 1; one that comes with a trace is traced if its sender traces it
+    /// [default: OTEL_TRACES_SAMPLER, else 1].
+    #[arg(long, value_name = "SHARE", help_heading = "Traces")]
+    pub trace_sample_ratio: Option<f64>,
+    /// Record the text of prompts too [default: never].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          help_heading = "Traces")]
+    pub trace_prompts: Option<bool>,
 }
 
 macro_rules! choice {
@@ -219,8 +235,19 @@ choice!(KvDtype { Auto, F32, F16, Bf16, Fp8 });
 choice!(Device { Auto, Cpu, Cuda, Sim });
 choice!(Engine { Paged, Naive });
 choice!(LogFormat { Human, Json });
+choice!(OtlpProtocol { Grpc, Http });
 
 impl Typed {
+    /// What of them is about traces.
+    pub fn traces(&self) -> TypedTraces {
+        TypedTraces {
+            endpoint: self.otlp_endpoint.clone(),
+            protocol: self.otlp_protocol,
+            sample_ratio: self.trace_sample_ratio,
+            prompts: self.trace_prompts,
+        }
+    }
+
     /// These settings, and where one is absent that of `file`. The size of the KV cache is one decision:
     /// a flag for it replaces whichever of its two settings the file holds.
     pub fn over(self, file: Self) -> Self {
@@ -266,6 +293,10 @@ impl Typed {
             metrics_prefix: self.metrics_prefix.or(file.metrics_prefix),
             log_level: self.log_level.or(file.log_level),
             log_format: self.log_format.or(file.log_format),
+            otlp_endpoint: self.otlp_endpoint.or(file.otlp_endpoint),
+            otlp_protocol: self.otlp_protocol.or(file.otlp_protocol),
+            trace_sample_ratio: self.trace_sample_ratio.or(file.trace_sample_ratio),
+            trace_prompts: self.trace_prompts.or(file.trace_prompts),
         }
     }
 }

@@ -23,6 +23,7 @@ mod signals;
 mod sim_command;
 mod simulated;
 mod size;
+mod traces;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use servelab_model::Prepared;
 use servelab_server::{LoadError, Loader, ROUTES, ServeError, Server, ServerOptions};
-use servelab_telemetry::{BuildInfo, LogError, Metrics, MetricsConfig, MetricsError};
+use servelab_telemetry::traces::{TraceError, TraceOptions};
+use servelab_telemetry::{BuildInfo, LogError, Metrics, MetricsConfig, MetricsError, Traces};
 use tokio::sync::oneshot;
 
 use crate::args::ServeCommand;
@@ -16,6 +17,7 @@ use crate::device::{self, Chosen, NoGpu};
 use crate::load::{self, Summary};
 use crate::secrets::API_KEYS_VARIABLE;
 use crate::settings::{EngineSettings, ModelSettings, Settings, SettingsError};
+use crate::traces::{self, LAST_SPANS, TraceSettingsError};
 
 /// Largest bound of the token histograms where the model's context is not known before it is downloaded.
 const UNKNOWN_CONTEXT: u32 = 131_072;
@@ -29,6 +31,10 @@ pub enum Error {
     Settings(#[from] SettingsError),
     #[error(transparent)]
     NoGpu(#[from] NoGpu),
+    #[error(transparent)]
+    TraceSettings(#[from] TraceSettingsError),
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     #[error(transparent)]
     Logs(#[from] LogError),
     #[error(transparent)]
@@ -44,7 +50,7 @@ pub enum Error {
 impl Error {
     /// Whether other settings would have helped before anything was started.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::ConfigFile(_) | Self::Settings(_) | Self::NoGpu(_))
+        matches!(self, Self::ConfigFile(_) | Self::Settings(_) | Self::TraceSettings(_) | Self::NoGpu(_))
     }
 }
 
@@ -55,7 +61,9 @@ impl Error {
 pub fn run(command: ServeCommand) -> Result<(), Error> {
     let file = command.config.as_deref().map(config_file::read).transpose()?.unwrap_or_default();
     let api_keys = std::env::var(API_KEYS_VARIABLE).ok();
-    let settings = Settings::new(command.typed.over(file), api_keys.as_deref())?;
+    let typed = command.typed.over(file);
+    let traces = traces::options(typed.traces(), "servelab-replica", |name| std::env::var(name).ok())?;
+    let settings = Settings::new(typed, api_keys.as_deref())?;
     servelab_telemetry::init_logs(settings.log_format, &settings.log_level)?;
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
@@ -63,18 +71,22 @@ pub fn run(command: ServeCommand) -> Result<(), Error> {
     let device = device::choose(&settings.engine)?;
     tracing::info!("device {}: {}", device.name(), device.reason);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    let outcome = runtime.block_on(serve(settings, device));
+    let outcome = runtime.block_on(serve(settings, traces, device));
     // A download or a step that hangs must not keep the process.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: Settings, device: Chosen) -> Result<(), Error> {
+async fn serve(settings: Settings, traces: Option<TraceOptions>, device: Chosen) -> Result<(), Error> {
     let Settings { model, network, engine, metrics_prefix, .. } = settings;
     // Local files are opened before the socket, so that a wrong folder ends the program at once.
     let prepared = if load::is_local(&model.source) { Some(load::open(&model)?) } else { None };
     let name = model.served_names[0].clone();
     let metrics = metrics(&metrics_prefix, &name, &model, prepared.as_ref())?;
+    let traces = match traces {
+        Some(traces) => Traces::start(&traces, metrics.span_counters())?,
+        None => Traces::off(),
+    };
     let (tell, told) = oneshot::channel();
     let has_keys = !network.api_keys.is_empty();
     let options = ServerOptions {
@@ -89,6 +101,7 @@ async fn serve(settings: Settings, device: Chosen) -> Result<(), Error> {
         stall_timeout: network.stall_timeout,
         seed: model.seed,
         metrics,
+        traces: traces.clone(),
         load: loader(prepared, model, engine, device, tell),
     };
     let server = Server::bind(options).await?;
@@ -99,7 +112,9 @@ async fn serve(settings: Settings, device: Chosen) -> Result<(), Error> {
             introduce(&summary, &name, address, has_keys);
         }
     });
-    Ok(server.run(crate::signals::stop()).await?)
+    let outcome = server.run(crate::signals::stop()).await;
+    tokio::task::block_in_place(|| traces.shut_down(LAST_SPANS));
+    Ok(outcome?)
 }
 
 fn metrics(

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::{HeaderMap, HeaderValue};
 use servelab_front::{ApiKeys, UnusableKey};
+use servelab_telemetry::Traces;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -30,6 +31,7 @@ pub struct App {
     pub members: Arc<Members>,
     pub client: Client,
     pub metrics: Arc<RouterMetrics>,
+    pub traces: Traces,
     pub policy: Policy,
     pub timeouts: Timeouts,
     pub max_body_bytes: usize,
@@ -76,6 +78,7 @@ impl App {
             members: Arc::new(Members::new(registry.clone(), client.clone(), options.probe.clone())),
             client,
             metrics: options.metrics.clone(),
+            traces: options.traces.clone(),
             policy: options.fleet.policy,
             timeouts: options.timeouts,
             max_body_bytes: options.max_body_bytes,

@@ -95,6 +95,11 @@ impl RouterError {
         self.shape().0
     }
 
+    /// A word for programs.
+    pub fn code(&self) -> Option<&'static str> {
+        self.shape().2
+    }
+
     /// The body of the answer, or of the event that ends a stream.
     pub fn envelope(&self) -> ErrorEnvelope {
         let (_, kind, code) = self.shape();

@@ -9,6 +9,8 @@ use prometheus::{
     Registry as Series, TextEncoder,
 };
 use servelab_telemetry::names::{Kind, Metric, router as names};
+use servelab_telemetry::traces::SpanCounters;
+use servelab_telemetry::{Label, SpanDrop};
 
 use crate::choice::policy::{Policy, Reason};
 use crate::replicas::registry::ReplicaView;
@@ -34,7 +36,7 @@ pub enum Outcome {
 impl Outcome {
     const ALL: [Self; 4] = [Self::Answered, Self::Refused, Self::Failed, Self::Left];
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::Refused => "refused",
@@ -57,7 +59,7 @@ pub enum Fault {
 impl Fault {
     const ALL: [Self; 4] = [Self::Unreachable, Self::BrokenOff, Self::FirstByte, Self::Status];
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Unreachable => "unreachable",
             Self::BrokenOff => "broken_off",
@@ -98,6 +100,8 @@ pub struct RouterMetrics {
     breaker_state: IntGaugeVec,
     imbalance: Gauge,
     replica_index_blocks: IntGaugeVec,
+    trace_spans_exported: IntCounter,
+    trace_spans_dropped: IntCounterVec,
 }
 
 impl RouterMetrics {
@@ -134,6 +138,8 @@ impl RouterMetrics {
             breaker_state: make.gauges(&names::BREAKER_STATE, &["replica"])?,
             imbalance: make.float(&names::IMBALANCE)?,
             replica_index_blocks: make.gauges(&names::REPLICA_INDEX_BLOCKS, &["replica"])?,
+            trace_spans_exported: make.counter(&names::TRACE_SPANS_EXPORTED)?,
+            trace_spans_dropped: make.counters(&names::TRACE_SPANS_DROPPED, &[SpanDrop::NAME])?,
             series: make.series,
         };
         metrics.touch(policy);
@@ -144,6 +150,7 @@ impl RouterMetrics {
     fn touch(&self, policy: Policy) {
         Outcome::ALL.iter().for_each(|outcome| self.requests.with_label_values(&[outcome.name()]).inc_by(0));
         Fault::ALL.iter().for_each(|fault| self.faults.with_label_values(&[fault.name()]).inc_by(0));
+        SpanDrop::ALL.iter().for_each(|reason| self.spans_dropped(*reason).inc_by(0));
         ["requests", "tokens", "away"]
             .iter()
             .for_each(|limit| self.limited.with_label_values(&[limit]).inc_by(0));
@@ -151,6 +158,20 @@ impl RouterMetrics {
         {
             self.choices.with_label_values(&[policy.name(), reason.name()]).inc_by(0);
         }
+    }
+
+    /// For whoever exports spans.
+    pub fn span_counters(&self) -> SpanCounters {
+        SpanCounters {
+            exported: self.trace_spans_exported.clone(),
+            queue_full: self.spans_dropped(SpanDrop::QueueFull),
+            export_failed: self.spans_dropped(SpanDrop::ExportFailed),
+            shutdown: self.spans_dropped(SpanDrop::Shutdown),
+        }
+    }
+
+    fn spans_dropped(&self, reason: SpanDrop) -> IntCounter {
+        self.trace_spans_dropped.with_label_values(&[reason.value()])
     }
 
     pub fn ended(&self, outcome: Outcome) {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use servelab_telemetry::Secret;
+use servelab_telemetry::{Secret, Traces};
 
 use crate::choice::fleet::FleetOptions;
 use crate::limits::KeyLimits;
@@ -176,4 +176,6 @@ pub struct RouterOptions {
     pub idempotency_window: Duration,
     pub drain_timeout: Duration,
     pub metrics: Arc<RouterMetrics>,
+    /// Whoever started them shuts them down, after the router has ended.
+    pub traces: Traces,
 }

@@ -38,7 +38,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/replicas", get(replicas).post(add_replica).delete(remove_replica))
         .fallback(forward)
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn(with_request_id))
+        .layer(middleware::from_fn_with_state(app.traces.clone(), with_request_id))
         .with_state(app)
 }
 

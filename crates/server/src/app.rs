@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use servelab_engine::{AdmissionError, Timestamp};
 use servelab_front::ApiKeys;
-use servelab_telemetry::{Metrics, RejectionReason};
+use servelab_telemetry::{Metrics, RejectionReason, Traces};
 use servelab_wire::CommonFields;
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +48,7 @@ pub struct App {
     pub stall_timeout: Duration,
     pub api_keys: ApiKeys,
     pub metrics: Arc<Metrics>,
+    pub traces: Traces,
     pub clock: Clock,
     pub heartbeat: Arc<Heartbeat>,
     /// Cancelled when the time to drain is over: answers still under way end with an error.
@@ -70,6 +71,7 @@ impl App {
             stall_timeout: options.stall_timeout,
             api_keys,
             metrics: options.metrics.clone(),
+            traces: options.traces.clone(),
             clock,
             heartbeat,
             cut: CancellationToken::new(),

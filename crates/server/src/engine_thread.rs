@@ -16,7 +16,9 @@ use servelab_engine::{
     AdmissionError, Engine, EngineSnapshot, Event, FinishReason, Request, RequestId, StepReport, Timestamp,
     TokenId, TokenLogprobs,
 };
-use servelab_telemetry::{EngineSample, FinishedReason, Metrics, RejectionReason, RequestTimings};
+use servelab_telemetry::{
+    EngineSample, FinishedReason, Metrics, RejectionReason, RequestTimings, RequestTrace,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::admission::Place;
@@ -47,6 +49,9 @@ pub struct Submission {
     pub arrived: Timestamp,
     /// As in the log and in `x-request-id`.
     pub http_request_id: Arc<str>,
+    pub trace: RequestTrace,
+    /// The HTTP request has no other prompt.
+    pub is_alone: bool,
     pub place: Place,
 }
 
@@ -151,6 +156,7 @@ struct Live {
     /// The worst reason for which a choice ended.
     reason: FinishedReason,
     http_request_id: Arc<str>,
+    trace: RequestTrace,
     _place: Place,
 }
 
@@ -237,7 +243,7 @@ impl EngineThread {
     }
 
     fn add(&mut self, submission: Submission) {
-        let Submission { request, events, arrived, http_request_id, place } = submission;
+        let Submission { request, events, arrived, http_request_id, trace, is_alone, place } = submission;
         let (id, open_choices) = (request.id, request.n);
         let (queued, prompt_tokens) = (request.arrival, request.prompt.len() as u32);
         if let Err(error) = self.engine.add(request) {
@@ -249,7 +255,8 @@ impl EngineThread {
             self.heartbeat.progressed(self.clock.now());
         }
         events.send(RequestEvent::Accepted);
-        let timings = RequestTimings::new(self.metrics.clone(), arrived, queued, prompt_tokens, open_choices);
+        let timings = RequestTimings::new(self.metrics.clone(), arrived, queued, prompt_tokens, open_choices)
+            .traced(trace.clone(), is_alone);
         let live = Live {
             events,
             timings,
@@ -257,6 +264,7 @@ impl EngineThread {
             open_choices,
             reason: FinishedReason::Stop,
             http_request_id,
+            trace,
             _place: place,
         };
         self.live.insert(id, live);
@@ -317,7 +325,7 @@ impl EngineThread {
                 live.timings.token(now, choice);
                 live.events.send(RequestEvent::Token { choice, token, logprobs });
             }
-            Event::Preempted { .. } => live.timings.preempted(),
+            Event::Preempted { .. } => live.timings.preempted(now),
             Event::Finished { choice, reason, .. } => {
                 live.reason = live.reason.max(finished_reason(&reason));
                 live.open_choices = live.open_choices.saturating_sub(1);
@@ -360,7 +368,8 @@ impl EngineThread {
 
 impl Live {
     fn finish(self, now: Timestamp) {
-        tracing::debug!(request_id = &*self.http_request_id, reason = ?self.reason, "request ended");
+        let (request_id, trace_id) = (&*self.http_request_id, self.trace.id());
+        tracing::debug!(request_id, trace_id, reason = ?self.reason, "request ended");
         self.timings.finish(now, self.reason);
     }
 

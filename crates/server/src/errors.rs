@@ -101,6 +101,11 @@ impl ApiError {
         self.shape().status
     }
 
+    /// A word for programs.
+    pub fn code(&self) -> Option<&'static str> {
+        self.shape().code
+    }
+
     /// The body of the answer, or of the event that ends a stream.
     pub fn envelope(&self) -> ErrorEnvelope {
         let Shape { kind, code, .. } = self.shape();

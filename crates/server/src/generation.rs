@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use servelab_engine::{FinishReason, RequestId, TokenId, TokenLogprobs};
+use servelab_telemetry::RequestTrace;
 use servelab_text::{Detokenizer, Fed, StopStrings, Tokenizer};
 use servelab_wire::{CommonFields, StopReason, Usage};
 use tokio::sync::mpsc::{OwnedPermit, Receiver, Sender};
@@ -11,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine_thread::{Command, RequestEvent};
 use crate::errors::ApiError;
+use crate::spans;
 
 /// A piece of one choice.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -42,6 +44,9 @@ pub struct Generation {
     cut: CancellationToken,
     ready: VecDeque<Delta>,
     usage: Usage,
+    trace: RequestTrace,
+    /// Of the choices that have ended; only of a request that is traced.
+    reasons: Vec<servelab_wire::FinishReason>,
 }
 
 /// What an event gives.
@@ -103,10 +108,12 @@ impl Generation {
         parts: Vec<Part>,
         commands: Sender<Command>,
         cut: CancellationToken,
+        trace: RequestTrace,
     ) -> Self {
         let prompt_tokens = parts.iter().map(|part| part.prompt_tokens).sum();
         let usage = Usage::new(prompt_tokens, 0, 0);
-        Self { events, parts, commands, cut, ready: VecDeque::new(), usage }
+        let (ready, reasons) = (VecDeque::new(), Vec::new());
+        Self { events, parts, commands, cut, ready, usage, trace, reasons }
     }
 
     /// Returns once the engine has taken every part.
@@ -152,6 +159,11 @@ impl Generation {
     }
 
     async fn take_event(&mut self) -> Result<(), ApiError> {
+        let taken = self.take_next_event().await;
+        taken.inspect_err(|error| spans::tell_error(&self.trace, error))
+    }
+
+    async fn take_next_event(&mut self) -> Result<(), ApiError> {
         let event = tokio::select! {
             biased;
             event = self.events.recv() => event,
@@ -162,6 +174,9 @@ impl Generation {
         let Applied { delta, stopped } = self.apply(part, event)?;
         if let Some(mut delta) = delta {
             delta.usage = self.usage;
+            if let Some(finish) = delta.finish.as_ref().filter(|_| self.trace.is_recorded()) {
+                self.reasons.push(finish.reason);
+            }
             self.ready.push_back(delta);
         }
         if let Some((request, choice)) = stopped {
@@ -207,6 +222,12 @@ impl Generation {
             }
         }
         Ok(Applied::default())
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        spans::tell_answer(&self.trace, &self.reasons, &self.usage);
     }
 }
 

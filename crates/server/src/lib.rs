@@ -20,6 +20,7 @@ pub mod options;
 mod routes;
 mod run_ahead;
 mod server;
+mod spans;
 mod sse;
 
 pub use options::{LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};

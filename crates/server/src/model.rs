@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use servelab_engine::{EngineConfig, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
+use servelab_telemetry::RequestTrace;
 use servelab_text::{ChatInput, ChatTemplate, Tokenizer};
 use servelab_wire::{ChatMessage, CommonFields, DeviceState, FieldError};
 use tokio::sync::mpsc;
@@ -57,6 +58,7 @@ pub struct Ask<'a> {
     /// When the HTTP request reached the server.
     pub arrived: Timestamp,
     pub http_request_id: Arc<str>,
+    pub trace: RequestTrace,
 }
 
 /// How to turn messages into a prompt.
@@ -157,9 +159,10 @@ impl Model {
         let mut parts = Vec::with_capacity(prompts.len());
         for (request, place) in requests.into_iter().zip(places) {
             let events = EventSender { part: parts.len(), sender: sender.clone() };
-            parts.push(self.add(ask, request, events, place).await?);
+            parts.push(self.add(ask, request, events, place, prompts.len() == 1).await?);
         }
-        let mut generation = Generation::new(receiver, parts, self.commands.clone(), self.cut.clone());
+        let mut generation =
+            Generation::new(receiver, parts, self.commands.clone(), self.cut.clone(), ask.trace.clone());
         drop(sender);
         generation.accepted().await?;
         Ok(generation)
@@ -171,6 +174,7 @@ impl Model {
         request: Request,
         events: EventSender,
         place: Place,
+        is_alone: bool,
     ) -> Result<Part, ApiError> {
         let down = |_| ApiError::Down;
         // Kept from here to the request's end, so that giving it up never waits for room: see Part.
@@ -178,8 +182,15 @@ impl Model {
         let room = self.commands.reserve().await.map_err(down)?;
         let choices = (0..request.n).map(|_| self.choice(ask.common, &request)).collect::<Result<_, _>>()?;
         let part = Part::new(request.id, request.prompt.len() as u32, choices, abort);
-        let (arrived, http_request_id) = (ask.arrived, ask.http_request_id.clone());
-        room.send(Command::Add(Box::new(Submission { request, events, arrived, http_request_id, place })));
+        room.send(Command::Add(Box::new(Submission {
+            request,
+            events,
+            arrived: ask.arrived,
+            http_request_id: ask.http_request_id.clone(),
+            trace: ask.trace.clone(),
+            is_alone,
+            place,
+        })));
         Ok(part)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use servelab_engine::{EngineConfig, ModelRunner, TokenId};
-use servelab_telemetry::{LoadStage, Metrics, Secret};
+use servelab_telemetry::{LoadStage, Metrics, Secret, Traces};
 use servelab_text::{ChatTemplate, Tokenizer};
 use servelab_wire::DeviceState;
 
@@ -42,6 +42,8 @@ pub struct ServerOptions {
     pub seed: u64,
     /// Made with [`crate::ROUTES`], so that requests are counted by route.
     pub metrics: Arc<Metrics>,
+    /// Whoever started them shuts them down, after the server has ended.
+    pub traces: Traces,
     pub load: Loader,
 }
 

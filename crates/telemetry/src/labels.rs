@@ -83,6 +83,18 @@ label! {
 }
 
 label! {
+    /// Why a span was not exported.
+    SpanDrop("reason") {
+        /// More ended than the collector takes.
+        QueueFull = "queue_full",
+        /// The collector was away, or refused it.
+        ExportFailed = "export_failed",
+        /// It was left when the program had to end.
+        Shutdown = "shutdown",
+    }
+}
+
+label! {
     /// The class of an HTTP status.
     StatusClass("status") {
         Informational = "1xx",
@@ -121,6 +133,7 @@ mod tests {
         indices_match_the_list::<FinishedReason>();
         indices_match_the_list::<RejectionReason>();
         indices_match_the_list::<LoadStage>();
+        indices_match_the_list::<SpanDrop>();
         indices_match_the_list::<StatusClass>();
     }
 

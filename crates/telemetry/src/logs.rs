@@ -81,9 +81,10 @@ fn filter(level: &str) -> Result<EnvFilter, LogError> {
     EnvFilter::builder().parse(level).map_err(|error| wrong(error.to_string()))
 }
 
-/// The span that everything done for one request runs in; its records carry `request_id`.
-pub fn request_span(request_id: &str) -> tracing::Span {
-    tracing::info_span!("request", request_id)
+/// The span that everything done for one request runs in; its records carry `request_id`, and `trace_id` if the
+/// request is traced.
+pub fn request_span(request_id: &str, trace_id: Option<&str>) -> tracing::Span {
+    tracing::info_span!("request", request_id, trace_id)
 }
 
 /// A text that must not reach a log, an error message or a page: an API key, a token of a hub.
@@ -137,12 +138,17 @@ mod tests {
             .with_writer(move || writer.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            let _entered = request_span("req-7").entered();
-            tracing::info!(key = ?Secret::new("sk-very-secret"), "taken");
+            request_span("req-7", Some("4bf9"))
+                .in_scope(|| tracing::info!(key = ?Secret::new("sk-very-secret"), "taken"));
+            request_span("req-8", None).in_scope(|| tracing::info!("not traced"));
         });
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-        let record: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
+        let records: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let [record, untraced] = records.as_slice() else { panic!("{text}") };
         assert_eq!(record["span"]["request_id"], "req-7");
+        assert_eq!(record["span"]["trace_id"], "4bf9");
+        assert_eq!(untraced["span"].get("trace_id"), None, "{text}");
         assert_eq!(record["message"], "taken");
         assert!(!text.contains("very-secret"), "{text}");
     }

@@ -9,8 +9,10 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::labels::{FinishedReason, Label, LoadStage, RejectionReason, StatusClass};
+use crate::labels::{FinishedReason, Label, LoadStage, RejectionReason, SpanDrop, StatusClass};
 use crate::names::{self, Metric};
+use crate::open_metrics::{self, Exemplars};
+use crate::traces::SpanCounters;
 
 /// The content type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -130,6 +132,8 @@ pub struct Metrics {
     pub generation_tokens: IntCounter,
     pub request_success: CounterBy<FinishedReason>,
     pub admission_rejections: CounterBy<RejectionReason>,
+    trace_spans_exported: IntCounter,
+    trace_spans_dropped: CounterBy<SpanDrop>,
 
     pub time_to_first_token_seconds: Histogram,
     pub inter_token_latency_seconds: Histogram,
@@ -143,6 +147,9 @@ pub struct Metrics {
     pub request_generation_tokens: Histogram,
     pub request_num_preemptions: Histogram,
     pub iteration_tokens: Histogram,
+
+    pub(crate) first_token_exemplars: Exemplars,
+    pub(crate) e2e_exemplars: Exemplars,
 }
 
 impl Metrics {
@@ -159,6 +166,8 @@ impl Metrics {
         let request_success = register.counters(&names::REQUEST_SUCCESS, &[FinishedReason::NAME])?;
         let admission_rejections =
             register.counters(&names::ADMISSION_REJECTIONS, &[RejectionReason::NAME])?;
+        let trace_spans_dropped = register.counters(&names::TRACE_SPANS_DROPPED, &[SpanDrop::NAME])?;
+        let exemplars = |metric| Exemplars::new(register.names.bounds(metric));
         let metrics = Self {
             num_requests_running: register.int_gauge(&names::NUM_REQUESTS_RUNNING)?,
             num_requests_waiting: register.int_gauge(&names::NUM_REQUESTS_WAITING)?,
@@ -172,6 +181,8 @@ impl Metrics {
             generation_tokens: register.counter(&names::GENERATION_TOKENS)?,
             request_success: CounterBy::new(&request_success),
             admission_rejections: CounterBy::new(&admission_rejections),
+            trace_spans_exported: register.counter(&names::TRACE_SPANS_EXPORTED)?,
+            trace_spans_dropped: CounterBy::new(&trace_spans_dropped),
             time_to_first_token_seconds: register.histogram(&names::TIME_TO_FIRST_TOKEN_SECONDS)?,
             inter_token_latency_seconds: register.histogram(&names::INTER_TOKEN_LATENCY_SECONDS)?,
             request_time_per_output_token_seconds: register
@@ -185,6 +196,8 @@ impl Metrics {
             request_generation_tokens: register.histogram(&names::REQUEST_GENERATION_TOKENS)?,
             request_num_preemptions: register.histogram(&names::REQUEST_NUM_PREEMPTIONS)?,
             iteration_tokens: register.histogram(&names::ITERATION_TOKENS)?,
+            first_token_exemplars: exemplars(&names::TIME_TO_FIRST_TOKEN_SECONDS),
+            e2e_exemplars: exemplars(&names::E2E_REQUEST_LATENCY_SECONDS),
             http_requests,
             routes: config.routes.iter().map(|&route| route.to_owned()).collect(),
             registry: register.registry,
@@ -264,6 +277,17 @@ impl Metrics {
         self.http_requests.with_label_values(&labels).inc();
     }
 
+    /// For whoever exports spans.
+    pub fn span_counters(&self) -> SpanCounters {
+        let dropped = |reason| self.trace_spans_dropped.of(reason).clone();
+        SpanCounters {
+            exported: self.trace_spans_exported.clone(),
+            queue_full: dropped(SpanDrop::QueueFull),
+            export_failed: dropped(SpanDrop::ExportFailed),
+            shutdown: dropped(SpanDrop::Shutdown),
+        }
+    }
+
     /// Every series in Prometheus' text format, version 0.0.4; see [`CONTENT_TYPE`].
     ///
     /// # Errors
@@ -272,6 +296,19 @@ impl Metrics {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text).map_err(MetricsError::Encode)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Every series in OpenMetrics' format, with the traces of requests that were slow or fast as exemplars; see
+    /// [`OPEN_METRICS_CONTENT_TYPE`](crate::OPEN_METRICS_CONTENT_TYPE).
+    ///
+    /// # Errors
+    /// [`MetricsError::Encode`] if a metric cannot be written as text.
+    pub fn encode_open_metrics(&self) -> Result<String, MetricsError> {
+        let exemplars = [
+            (self.names.full(&names::TIME_TO_FIRST_TOKEN_SECONDS), &self.first_token_exemplars),
+            (self.names.full(&names::E2E_REQUEST_LATENCY_SECONDS), &self.e2e_exemplars),
+        ];
+        Ok(open_metrics::rewrite(&self.encode()?, &exemplars))
     }
 
     fn touch_http_series(&self) {
@@ -309,10 +346,15 @@ impl Naming {
     }
 
     fn histogram_opts(&self, metric: &Metric) -> HistogramOpts {
-        let names::Kind::Histogram(buckets) = metric.kind else {
-            return HistogramOpts::from(self.opts(metric));
-        };
-        HistogramOpts::from(self.opts(metric)).buckets(buckets.bounds(self.max_model_len))
+        HistogramOpts::from(self.opts(metric)).buckets(self.bounds(metric))
+    }
+
+    /// Of a histogram; none of anything else.
+    fn bounds(&self, metric: &Metric) -> Vec<f64> {
+        match metric.kind {
+            names::Kind::Histogram(buckets) => buckets.bounds(self.max_model_len),
+            names::Kind::Gauge | names::Kind::Counter => Vec::new(),
+        }
     }
 
     fn failed(&self, metric: &Metric, source: prometheus::Error) -> MetricsError {

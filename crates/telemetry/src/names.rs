@@ -131,6 +131,8 @@ table! {
     REQUEST_SUCCESS = counter("request_success_total", "Requests that ended, by reason.");
     ADMISSION_REJECTIONS = counter("admission_rejections_total", "Requests that were not taken, by reason.");
     HTTP_REQUESTS = counter("http_requests_total", "HTTP requests answered, by route and class of status.");
+    TRACE_SPANS_EXPORTED = counter("trace_spans_exported_total", "Spans that the collector of traces took.");
+    TRACE_SPANS_DROPPED = counter("trace_spans_dropped_total", "Spans that were not exported, by reason.");
 
     TIME_TO_FIRST_TOKEN_SECONDS = histogram("time_to_first_token_seconds", Buckets::FirstToken,
         "From a request's arrival at the HTTP front to its first token.");
@@ -180,6 +182,8 @@ pub mod router {
         PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
             "Prompt tokens that the replicas were expected to hold, by the router's count.");
         CONFIRMED_HIT_TOKENS = counter("router_confirmed_hit_tokens_total", "Prompt tokens that the replicas say they held.");
+        TRACE_SPANS_EXPORTED = counter("router_trace_spans_exported_total", "Spans that the collector of traces took.");
+        TRACE_SPANS_DROPPED = counter("router_trace_spans_dropped_total", "Spans that were not exported, by reason.");
 
         REQUESTS_HELD = gauge("router_requests_held", "Requests that wait because no replica is ready.");
         REQUESTS_WAITING = gauge("router_requests_waiting", "Requests that wait in the router, for whatever reason.");

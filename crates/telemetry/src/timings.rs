@@ -12,8 +12,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::labels::FinishedReason;
+use crate::labels::{FinishedReason, Label};
 use crate::metrics::Metrics;
+use crate::traces::{Child, KeyValue, RequestTrace};
+
+/// Preemptions of which the trace tells when they were; the metrics count all.
+const MAX_PREEMPTION_EVENTS: usize = 64;
 
 /// Collects the points in time of one request and records its intervals. All times are counted from
 /// one origin, whichever the caller likes. A request that is dropped unfinished counts as aborted
@@ -29,8 +33,12 @@ pub struct RequestTimings {
     prompt_tokens: u32,
     cached_tokens: u32,
     preemptions: u32,
+    /// Of a request that is traced, when the first of them were.
+    preempted: Vec<Duration>,
     choices: Vec<Choice>,
     recorded: bool,
+    trace: RequestTrace,
+    is_alone: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -60,9 +68,19 @@ impl RequestTimings {
             prompt_tokens,
             cached_tokens: 0,
             preemptions: 0,
+            preempted: Vec::new(),
             choices: vec![Choice::default(); n as usize],
             recorded: false,
+            trace: RequestTrace::default(),
+            is_alone: true,
         }
+    }
+
+    /// Its parts become spans of `trace`, which began with the request. `is_alone`: the HTTP request has no other
+    /// prompt, so that its latencies and its end are those of this one.
+    pub fn traced(mut self, trace: RequestTrace, is_alone: bool) -> Self {
+        (self.trace, self.is_alone) = (trace, is_alone);
+        self
     }
 
     /// The request left the queue with `cached_tokens` of its prompt in the cache. After a preemption
@@ -79,8 +97,12 @@ impl RequestTimings {
     }
 
     /// One of its sequences lost its blocks.
-    pub fn preempted(&mut self) {
+    pub fn preempted(&mut self, now: Duration) {
+        self.latest = now;
         self.preemptions += 1;
+        if self.trace.is_recorded() && self.preempted.len() < MAX_PREEMPTION_EVENTS {
+            self.preempted.push(now);
+        }
     }
 
     /// A choice got its next token. A choice that was not announced is ignored.
@@ -109,7 +131,11 @@ impl RequestTimings {
 
     fn record_first_token(&mut self, now: Duration) {
         self.first_token = Some(now);
-        self.metrics.time_to_first_token_seconds.observe(seconds(self.arrived, now));
+        let ttft = seconds(self.arrived, now);
+        self.metrics.time_to_first_token_seconds.observe(ttft);
+        if let Some(id) = self.trace.recorded_id() {
+            self.metrics.first_token_exemplars.note(ttft, id);
+        }
         self.metrics.prompt_tokens.inc_by(u64::from(self.prompt_tokens));
         self.metrics.prompt_tokens_cached.inc_by(u64::from(self.cached_tokens));
     }
@@ -118,12 +144,19 @@ impl RequestTimings {
         self.recorded = true;
         let metrics = &self.metrics;
         metrics.request_success.of(reason).inc();
-        metrics.e2e_request_latency_seconds.observe(seconds(self.arrived, self.latest));
+        let e2e = seconds(self.arrived, self.latest);
+        metrics.e2e_request_latency_seconds.observe(e2e);
+        if let Some(id) = self.trace.recorded_id() {
+            metrics.e2e_exemplars.note(e2e, id);
+        }
         metrics.request_prompt_tokens.observe(f64::from(self.prompt_tokens));
         let generated: u32 = self.choices.iter().map(|choice| choice.tokens).sum();
         metrics.request_generation_tokens.observe(f64::from(generated));
         metrics.request_num_preemptions.observe(f64::from(self.preemptions));
         self.record_intervals();
+        if self.trace.is_recorded() {
+            self.record_spans(reason);
+        }
     }
 
     /// Records the intervals that the request got to: one that was never scheduled has none.
@@ -131,14 +164,99 @@ impl RequestTimings {
         let metrics = &self.metrics;
         let Some(scheduled) = self.scheduled else { return };
         metrics.request_queue_time_seconds.observe(seconds(self.queued, scheduled));
-        let Some(first_token) = self.first_token else { return };
-        let last_token = self.choices.iter().map(|choice| choice.last_token).max().unwrap_or(first_token);
+        let (Some(first_token), Some(last_token)) = (self.first_token, self.last_token()) else { return };
         metrics.request_prefill_time_seconds.observe(seconds(scheduled, first_token));
         metrics.request_decode_time_seconds.observe(seconds(first_token, last_token));
         metrics.request_inference_time_seconds.observe(seconds(scheduled, last_token));
         if let Some(mean) = self.seconds_per_output_token() {
             metrics.request_time_per_output_token_seconds.observe(mean);
         }
+    }
+
+    fn last_token(&self) -> Option<Duration> {
+        self.first_token
+            .and_then(|first| self.choices.iter().map(|choice| choice.last_token).max().or(Some(first)))
+    }
+
+    /// The parts that the request got to; the one in which it ended is as long as it was by then.
+    fn record_spans(&self, reason: FinishedReason) {
+        let scheduled = self.scheduled.unwrap_or(self.latest);
+        self.record_span("prepare", self.arrived, self.queued, Vec::new(), Vec::new());
+        let queue = self.preemptions_within(Duration::ZERO, scheduled);
+        self.record_span("queue", self.queued, scheduled, Vec::new(), queue);
+        if self.scheduled.is_some() {
+            self.record_prefill(scheduled);
+        }
+        if let (Some(first), Some(last)) = (self.first_token, self.last_token()) {
+            let tokens: u32 = self.choices.iter().map(|choice| choice.tokens).sum();
+            let attributes = vec![KeyValue::new("gen_ai.usage.output_tokens", i64::from(tokens))];
+            self.record_span(
+                "decode",
+                first,
+                last,
+                attributes,
+                self.preemptions_within(first, Duration::MAX),
+            );
+        }
+        if self.is_alone {
+            self.trace.set(self.latencies());
+            self.trace.set([
+                KeyValue::new("servelab.finished_reason", reason.value()),
+                KeyValue::new("servelab.preemptions", i64::from(self.preemptions)),
+            ]);
+        }
+    }
+
+    fn record_prefill(&self, scheduled: Duration) {
+        let end = self.first_token.unwrap_or(self.latest);
+        let cached = KeyValue::new("gen_ai.usage.cache_read.input_tokens", i64::from(self.cached_tokens));
+        let prompt = KeyValue::new("gen_ai.usage.input_tokens", i64::from(self.prompt_tokens));
+        let mut events = self.preemptions_within(scheduled, end);
+        if self.cached_tokens > 0 {
+            events.insert(0, (self.since(scheduled), "cache_hit", vec![cached.clone(), prompt.clone()]));
+        }
+        self.record_span("prefill", scheduled, end, vec![prompt, cached], events);
+    }
+
+    fn record_span(
+        &self,
+        name: &'static str,
+        from: Duration,
+        to: Duration,
+        attributes: Vec<KeyValue>,
+        events: Vec<(Duration, &'static str, Vec<KeyValue>)>,
+    ) {
+        self.trace.child(Child { name, from: self.since(from), to: self.since(to), attributes, events });
+    }
+
+    fn preemptions_within(
+        &self,
+        from: Duration,
+        to: Duration,
+    ) -> Vec<(Duration, &'static str, Vec<KeyValue>)> {
+        let within = self.preempted.iter().filter(|when| (from..to).contains(when));
+        within.map(|when| (self.since(*when), "preempted", Vec::new())).collect()
+    }
+
+    /// As vLLM names them, in seconds.
+    fn latencies(&self) -> Vec<KeyValue> {
+        let mut latencies = vec![KeyValue::new("gen_ai.latency.e2e", seconds(self.arrived, self.latest))];
+        let mut add = |name, from, to| latencies.push(KeyValue::new(name, seconds(from, to)));
+        if let Some(scheduled) = self.scheduled {
+            add("gen_ai.latency.time_in_queue", self.queued, scheduled);
+            if let (Some(first), Some(last)) = (self.first_token, self.last_token()) {
+                add("gen_ai.latency.time_to_first_token", self.arrived, first);
+                add("gen_ai.latency.time_in_model_prefill", scheduled, first);
+                add("gen_ai.latency.time_in_model_decode", first, last);
+                add("gen_ai.latency.time_in_model_inference", scheduled, last);
+            }
+        }
+        latencies
+    }
+
+    /// On the trace's clock.
+    fn since(&self, time: Duration) -> Duration {
+        time.saturating_sub(self.arrived)
     }
 
     /// Mean over all tokens after the first of each choice; `None` if there are no such tokens.
@@ -213,7 +331,7 @@ mod tests {
         let metrics = metrics();
         let mut timings = RequestTimings::new(metrics.clone(), at(0), at(0), 7, 1);
         timings.scheduled(at(10), 0);
-        timings.preempted();
+        timings.preempted(at(30));
         timings.scheduled(at(50), 6);
         timings.token(at(70), 0);
         timings.finish(at(70), FinishedReason::Length);
@@ -229,7 +347,7 @@ mod tests {
         let mut timings = RequestTimings::new(metrics.clone(), at(0), at(0), 7, 1);
         timings.scheduled(at(10), 0);
         timings.token(at(20), 0);
-        timings.preempted();
+        timings.preempted(at(30));
         timings.scheduled(at(500), 0);
         timings.token(at(520), 0);
         timings.finish(at(520), FinishedReason::Length);

@@ -18,6 +18,7 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 use servelab_telemetry::names::{self, Kind};
 
+use crate::collector::Collector;
 use crate::util::{PATIENCE, Server, greedy, prose, servelab};
 use dashboards::{Query, array, filled, panels, queries, variables};
 use exporters::Exporters;
@@ -184,7 +185,10 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
     if is_missing("prometheus") {
         return;
     }
-    let replicas = [Server::start(SMALL).await, Server::start(SMALL).await];
+    // One speaks OpenMetrics, with exemplars, the other Prometheus' own format.
+    let collector = Collector::http().await;
+    let traced = [SMALL, &collector.flags()[..]].concat();
+    let replicas = [Server::start(&traced).await, Server::start(SMALL).await];
     let routers = [router(&[&replicas[0].base, &replicas[1].base]).await, router(&[NOBODY]).await];
     let exporters = Exporters::start().await;
     let prometheus = Prometheus::start(&Targets {
@@ -200,6 +204,7 @@ async fn every_query_of_dashboards_rules_and_triggers_has_data() {
         all.push(adapter_query());
         until_all_have_data(&prometheus, all).await;
         no_rule_fails(&prometheus).await;
+        exemplars_lead_to_traces(&prometheus, &collector).await;
         for trigger in TRIGGERS.iter().flat_map(|folder| triggers::of(folder)) {
             has_one_element(&prometheus, &trigger).await;
         }
@@ -229,6 +234,26 @@ async fn variables_have_values(prometheus: &Prometheus) {
 async fn no_rule_fails(prometheus: &Prometheus) {
     for rule in prometheus.rules().await {
         assert_eq!(rule["health"], "ok", "{}: {}", rule["name"], rule["lastError"]);
+    }
+}
+
+/// What a scrape says about slow requests can be looked up in the trace store.
+async fn exemplars_lead_to_traces(prometheus: &Prometheus, collector: &Collector) {
+    for metric in [names::TIME_TO_FIRST_TOKEN_SECONDS, names::E2E_REQUEST_LATENCY_SECONDS] {
+        let start = Instant::now();
+        loop {
+            let traces = prometheus.exemplars(&format!("servelab_{}_bucket", metric.name)).await;
+            let spans = collector.spans();
+            if traces.iter().any(|trace| spans.iter().any(|span| span.trace_id == *trace)) {
+                break;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "no exemplar of {} leads to a trace: {traces:?}",
+                metric.name
+            );
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -116,6 +116,7 @@ impl Prometheus {
         let mut child = Command::new("prometheus")
             .current_dir(folder.path())
             .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data"])
+            .arg("--enable-feature=exemplar-storage")
             .arg("--web.listen-address=127.0.0.1:0")
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -179,6 +180,17 @@ impl Prometheus {
     pub async fn label_values(&self, selector: &str, label: &str) -> Vec<Value> {
         let path = format!("/api/v1/label/{label}/values");
         self.ask(&path, &[("match[]", selector)]).await.as_array().unwrap().clone()
+    }
+
+    /// The traces that the exemplars of a series name.
+    pub async fn exemplars(&self, series: &str) -> Vec<String> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let (start, end) = ((now - 600).to_string(), (now + 60).to_string());
+        let asked = [("query", series), ("start", &start), ("end", &end)];
+        let data = self.ask("/api/v1/query_exemplars", &asked).await;
+        let found =
+            data.as_array().unwrap().iter().flat_map(|series| series["exemplars"].as_array().unwrap());
+        found.map(|exemplar| exemplar["labels"]["trace_id"].as_str().unwrap().to_owned()).collect()
     }
 
     /// Every rule, as Prometheus read it.

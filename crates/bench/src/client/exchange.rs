@@ -9,12 +9,13 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
+use servelab_telemetry::RequestTrace;
 use servelab_wire::sse::SseReader;
 
 use super::connection::Connection;
 use super::deadline::Deadline;
 use super::events::{DONE, Event};
-use super::{Client, Failure};
+use super::{Client, Failure, spans};
 use crate::live::Live;
 use crate::result::{Endpoint, FailureClass, UsageCounts};
 
@@ -60,6 +61,8 @@ pub struct Observed {
     pub text: String,
     /// When the last event came.
     pub end: Option<Duration>,
+    /// If the request was recorded.
+    pub trace_id: Option<String>,
 }
 
 /// The answer to a request that is not streamed.
@@ -89,10 +92,25 @@ impl Client {
         live: &Live,
     ) -> Result<(), Failure> {
         observed.sent = Some(self.clock.now());
+        let trace = spans::begin(&self.traces, self.target(), outgoing.endpoint);
+        observed.trace_id = trace.recorded_id().map(str::to_owned);
+        let outcome = self.send(outgoing, observed, live, &trace).await;
+        spans::tell(&trace, observed, &outcome);
+        outcome
+    }
+
+    async fn send(
+        &self,
+        outgoing: &Outgoing,
+        observed: &mut Observed,
+        live: &Live,
+        trace: &RequestTrace,
+    ) -> Result<(), Failure> {
         let mut deadline = Deadline::new(self.timeouts);
         if let Some(mut connection) = self.idle_connection().await {
             let bytes_before = connection.traffic().bytes();
-            let outcome = self.exchange(&mut connection, outgoing, observed, &mut deadline, live).await;
+            let outcome =
+                self.exchange(&mut connection, outgoing, observed, &mut deadline, live, trace).await;
             let unheard = connection.traffic().bytes() == bytes_before;
             match outcome {
                 // The server hung up on the idle connection just as it was taken: no failure of this request.
@@ -103,7 +121,7 @@ impl Client {
         let started = self.clock.now();
         let mut connection = self.connect().await?;
         observed.connect = Some(self.clock.now() - started);
-        let outcome = self.exchange(&mut connection, outgoing, observed, &mut deadline, live).await;
+        let outcome = self.exchange(&mut connection, outgoing, observed, &mut deadline, live, trace).await;
         self.finish(connection, outcome).await
     }
 
@@ -121,9 +139,11 @@ impl Client {
         observed: &mut Observed,
         deadline: &mut Deadline,
         live: &Live,
+        trace: &RequestTrace,
     ) -> Result<(), Failure> {
         let path = outgoing.endpoint.path();
-        let request = self.request(Method::POST, path, "text/event-stream", outgoing.body.clone());
+        let mut request = self.request(Method::POST, path, "text/event-stream", outgoing.body.clone());
+        trace.inject(request.headers_mut());
         let answer = connection.send(request);
         let mut response = head(connection, answer, deadline).await?;
         observed.first_byte = Some(connection.traffic().arrival());

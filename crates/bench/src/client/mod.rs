@@ -10,6 +10,7 @@ mod deadline;
 mod events;
 mod exchange;
 mod socket;
+mod spans;
 mod target;
 mod timer;
 mod transport;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header};
 use http_body_util::Full;
-use servelab_telemetry::Secret;
+use servelab_telemetry::{Secret, Traces};
 
 pub use self::exchange::{Observed, Outgoing, Reply};
 pub use self::socket::{ReadStats, Reads};
@@ -97,6 +98,7 @@ pub struct Client {
     timeouts: Timeouts,
     clock: Clock,
     headers: HeaderMap,
+    traces: Traces,
     idle: Mutex<Vec<Connection>>,
     reads: Arc<Reads>,
     sentinel: Arc<Sentinel>,
@@ -124,10 +126,16 @@ impl Client {
             timeouts,
             clock: Clock::start(),
             headers,
+            traces: Traces::off(),
             idle: Mutex::default(),
             reads: Arc::default(),
             sentinel: Arc::new(Sentinel::open()),
         })
+    }
+
+    /// Its requests have spans, and the server gets to know of them.
+    pub fn traced(self, traces: Traces) -> Self {
+        Self { traces, ..self }
     }
 
     /// The same server, with a clock that starts now, no connections, and nothing counted.
@@ -137,6 +145,7 @@ impl Client {
             timeouts: self.timeouts,
             clock: Clock::start(),
             headers: self.headers.clone(),
+            traces: self.traces.clone(),
             idle: Mutex::default(),
             reads: Arc::default(),
             sentinel: self.sentinel.clone(),

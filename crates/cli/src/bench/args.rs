@@ -7,7 +7,7 @@ use servelab_bench::result::SloLimit;
 use servelab_bench::workload::lengths::Span;
 
 use super::reports::Action;
-use crate::args::{Device, Dtype, Engine, KvDtype, LoadFormat, Typed};
+use crate::args::{Device, Dtype, Engine, KvDtype, LoadFormat, OtlpProtocol, Typed};
 use crate::size::{ByteSize, TimeSpan};
 
 /// Shown under `--help`.
@@ -87,6 +87,16 @@ pub struct TargetArgs {
     /// Longest time for a whole answer [default: 1h].
     #[arg(long, value_name = "TIME", help_heading = "Target")]
     pub total_timeout: Option<TimeSpan>,
+    /// Send a span of each request to this collector, as http://HOST:4317, and let the server go on below it
+    /// [default: no traces].
+    #[arg(long, value_name = "URL", help_heading = "Traces")]
+    pub otlp_endpoint: Option<String>,
+    /// grpc, or http for protobuf over HTTP [default: grpc for port 4317, else http].
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Traces")]
+    pub otlp_protocol: Option<OtlpProtocol>,
+    /// Share of requests that are traced, 0 to 1 [default: 1].
+    #[arg(long, value_name = "SHARE", help_heading = "Traces")]
+    pub trace_sample_ratio: Option<f64>,
 }
 
 #[derive(Args, Clone, Debug, Default)]

@@ -12,6 +12,8 @@ use servelab_bench::session::{self, Http, Loads};
 use servelab_bench::vocabulary::{self, discover};
 use servelab_bench::workload::Workload;
 
+use servelab_telemetry::Traces;
+
 use super::machine;
 use super::settings::{BenchSettings, HttpSettings};
 use super::{Error, Prepared};
@@ -24,8 +26,13 @@ const UNKNOWN_MODEL: &str = "unknown";
 ///
 /// # Errors
 /// If it does not serve the model, or has too short a context for the workload.
-pub async fn prepare(settings: &BenchSettings, http: &HttpSettings) -> Result<Prepared<Http>, Error> {
-    let client = Client::new(http.target.clone(), http.api_key.as_ref(), http.timeouts).await?;
+pub async fn prepare(
+    settings: &BenchSettings,
+    http: &HttpSettings,
+    traces: &Traces,
+) -> Result<Prepared<Http>, Error> {
+    let client =
+        Client::new(http.target.clone(), http.api_key.as_ref(), http.timeouts).await?.traced(traces.clone());
     match ask_model(&client, http.model.as_deref()).await {
         Ok(model) => prepared(settings, http, client, model, None).await,
         Err(error) if error.is_usage() => Err(error.into()),

@@ -24,13 +24,16 @@ use servelab_bench::session::{Measured, Session, Target};
 use servelab_bench::workload::{Workload, WorkloadError};
 use servelab_bench::{prompt, report, summary, vllm};
 use servelab_server::LoadError;
+use servelab_telemetry::Traces;
+use servelab_telemetry::traces::{SpanCounters, TraceError};
 use tokio_util::sync::CancellationToken;
 
 use self::args::BenchCommand;
 use self::hardware::Limiter;
 use self::progress::Progress;
 use self::reports::ReportsError;
-use self::settings::{BenchSettings, TargetSettings, UsageError};
+use self::settings::{BenchSettings, HttpSettings, TargetSettings, UsageError};
+use crate::traces::LAST_SPANS;
 
 /// Files that the program has open besides its connections.
 const OTHER_FILES: u64 = 64;
@@ -55,6 +58,10 @@ pub enum Error {
          --concurrency or --max-in-flight, or raise the limit (ulimit -n)"
     )]
     OpenFiles { wanted: u64, limit: u64 },
+    #[error(transparent)]
+    Traces(#[from] TraceError),
+    #[error("spans cannot be counted: {0}")]
+    Spans(#[from] servelab_telemetry::MetricsError),
     #[error(transparent)]
     Output(#[from] OutputError),
     #[error("cannot write: {0}")]
@@ -98,13 +105,30 @@ pub fn run(command: &BenchCommand, out: &mut impl Write) -> Result<(), Error> {
     let stop = stop_on_signal()?;
     // One thread sends, reads and looks at the clock, so that nothing of the load generator competes with it.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (result, details) = runtime.block_on(measure(&settings, limiter, output, stop))?;
+    let spans = SpanCounters::unregistered()?;
+    let traces = start_traces(&settings, spans.clone())?;
+    let measured = runtime.block_on(measure(&settings, &traces, limiter, output, stop));
+    traces.shut_down(LAST_SPANS);
+    if spans.dropped() > 0 {
+        let all = spans.dropped() + spans.exported.get();
+        // Whoever closed standard error does not want to know.
+        let _ = writeln!(std::io::stderr(), "{} of {all} spans were not exported", spans.dropped());
+    }
+    let (result, details) = measured?;
     print(&settings, &result, details, out)?;
     judge(&result)
 }
 
+fn start_traces(settings: &BenchSettings, spans: SpanCounters) -> Result<Traces, TraceError> {
+    match &settings.target {
+        TargetSettings::Http(HttpSettings { traces: Some(traces), .. }) => Traces::start(traces, spans),
+        TargetSettings::Http(_) | TargetSettings::Offline { .. } => Ok(Traces::off()),
+    }
+}
+
 async fn measure(
     settings: &BenchSettings,
+    traces: &Traces,
     limiter: Option<Limiter>,
     output: Option<Output>,
     stop: CancellationToken,
@@ -112,7 +136,7 @@ async fn measure(
     match &settings.target {
         TargetSettings::Http(http) => {
             let prepared = tokio::select! {
-                prepared = http::prepare(settings, http) => prepared?,
+                prepared = http::prepare(settings, http, traces) => prepared?,
                 () = stop.cancelled() => return Err(Error::Stopped),
             };
             bench(settings, prepared, limiter, output, stop).await

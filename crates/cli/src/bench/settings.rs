@@ -16,10 +16,12 @@ use servelab_bench::session::{self, Loads};
 use servelab_bench::vocabulary::FormChoice;
 use servelab_bench::workload::{Fit, Workload, WorkloadError, WorkloadOptions};
 use servelab_telemetry::Secret;
+use servelab_telemetry::traces::TraceOptions;
 
 use super::args::{self, Amount, BenchCommand, LoadArgs};
 use crate::args::Typed;
 use crate::settings::{EngineSettings, ModelSettings, Settings, SettingsError};
+use crate::traces::{self, TraceSettingsError, TypedTraces};
 
 const DEFAULT_URL: &str = "http://127.0.0.1:8000";
 const DEFAULT_REQUESTS: u64 = 100;
@@ -72,6 +74,8 @@ pub struct HttpSettings {
     pub form: FormChoice,
     pub api_key: Option<Secret>,
     pub timeouts: Timeouts,
+    /// Default: none, whatever the environment says: they are no part of what is measured.
+    pub traces: Option<TraceOptions>,
 }
 
 /// A combination that cannot be run.
@@ -81,6 +85,8 @@ pub enum UsageError {
         "say how requests arrive: --concurrency, --rate, --steps or --find-rate; or take a workload that has arrivals of its own, such as azure-chat or --trace"
     )]
     NoLoad,
+    #[error(transparent)]
+    Traces(#[from] TraceSettingsError),
     #[error("{0} exclude each other; give one of them")]
     Several(String),
     #[error("--{option} goes with {with} only; leave it out, or add that")]
@@ -219,7 +225,22 @@ fn target(
         form,
         api_key: api_key(typed.api_key_file.as_deref(), environment)?,
         timeouts: timeouts(typed)?,
+        traces: traces(typed, environment)?,
     }))
+}
+
+fn traces(
+    typed: &args::TargetArgs,
+    environment: &impl Fn(&str) -> Option<String>,
+) -> Result<Option<TraceOptions>, TraceSettingsError> {
+    let given = TypedTraces {
+        endpoint: typed.otlp_endpoint.clone(),
+        protocol: typed.otlp_protocol,
+        sample_ratio: typed.trace_sample_ratio,
+        prompts: None,
+    };
+    let is_wanted = given.endpoint.is_some();
+    traces::options(given, "servelab-bench", |name| environment(name).filter(|_| is_wanted))
 }
 
 fn offline(command: &BenchCommand, workload: &Workload) -> Result<TargetSettings, UsageError> {
@@ -235,6 +256,9 @@ fn offline(command: &BenchCommand, workload: &Workload) -> Result<TargetSettings
         ("first-byte-timeout", typed.first_byte_timeout.is_some()),
         ("idle-timeout", typed.idle_timeout.is_some()),
         ("total-timeout", typed.total_timeout.is_some()),
+        ("otlp-endpoint", typed.otlp_endpoint.is_some()),
+        ("otlp-protocol", typed.otlp_protocol.is_some()),
+        ("trace-sample-ratio", typed.trace_sample_ratio.is_some()),
     ];
     if let Some((option, _)) = of_http.iter().find(|(_, given)| *given) {
         return Err(UsageError::Several(format!("--offline and --{option}")));

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Deserialize;
 
-use crate::args::LogFormat;
+use crate::args::{LogFormat, OtlpProtocol};
 use crate::size::{ByteSize, TimeSpan};
+use crate::traces::TypedTraces;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -186,4 +187,27 @@ typed! {
     /// Lines for people or JSON objects, on standard error [default: human].
     #[arg(long, value_name = "FORMAT", help_heading = "Metrics and logs")]
     log_format: LogFormat,
+
+    /// Where spans go, as http://HOST:4317 [default: OTEL_EXPORTER_OTLP_ENDPOINT, else no traces].
+    #[arg(long, value_name = "URL", help_heading = "Traces")]
+    otlp_endpoint: String,
+    /// grpc, or http for protobuf over HTTP [default: grpc for port 4317, else http].
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Traces")]
+    otlp_protocol: OtlpProtocol,
+    /// Share of requests that are traced, 0 to 1; one that comes with a trace is traced if its sender traces it
+    /// [default: OTEL_TRACES_SAMPLER, else 1].
+    #[arg(long, value_name = "SHARE", help_heading = "Traces")]
+    trace_sample_ratio: f64,
+}
+
+impl TypedRoute {
+    /// What of them is about traces.
+    pub fn traces(&self) -> TypedTraces {
+        TypedTraces {
+            endpoint: self.otlp_endpoint.clone(),
+            protocol: self.otlp_protocol,
+            sample_ratio: self.trace_sample_ratio,
+            prompts: None,
+        }
+    }
 }

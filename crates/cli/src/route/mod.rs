@@ -7,12 +7,14 @@ use std::io::Write;
 
 use servelab_router::metrics::MetricsError;
 use servelab_router::{RouteError, RouterOptions, Server};
-use servelab_telemetry::LogError;
+use servelab_telemetry::traces::TraceError;
+use servelab_telemetry::{LogError, Traces};
 
 use self::args::RouteCommand;
 use self::settings::{RouteSettings, RouteSettingsError};
 use crate::config_file::{self, ConfigFileError};
 use crate::secrets::API_KEYS_VARIABLE;
+use crate::traces::{self, LAST_SPANS, TraceSettingsError};
 
 /// Why `servelab route` ended.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +23,10 @@ pub enum Error {
     ConfigFile(#[from] ConfigFileError),
     #[error(transparent)]
     Settings(#[from] RouteSettingsError),
+    #[error(transparent)]
+    TraceSettings(#[from] TraceSettingsError),
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     #[error(transparent)]
     Logs(#[from] LogError),
     #[error(transparent)]
@@ -34,7 +40,7 @@ pub enum Error {
 impl Error {
     /// Whether other settings would have helped before anything was started.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::ConfigFile(_) | Self::Settings(_) | Self::Logs(_))
+        matches!(self, Self::ConfigFile(_) | Self::Settings(_) | Self::TraceSettings(_) | Self::Logs(_))
     }
 }
 
@@ -45,11 +51,18 @@ impl Error {
 pub fn run(command: RouteCommand) -> Result<(), Error> {
     let file = command.config.as_deref().map(config_file::read).transpose()?.unwrap_or_default();
     let api_keys = std::env::var(API_KEYS_VARIABLE).ok();
-    let RouteSettings { options, log_format, log_level } =
-        RouteSettings::new(command.typed.over(file), api_keys.as_deref())?;
+    let typed = command.typed.over(file);
+    let traces = traces::options(typed.traces(), "servelab-router", |name| std::env::var(name).ok())?;
+    let RouteSettings { mut options, log_format, log_level } =
+        RouteSettings::new(typed, api_keys.as_deref())?;
     servelab_telemetry::init_logs(log_format, &log_level)?;
+    if let Some(traces) = traces {
+        options.traces = Traces::start(&traces, options.metrics.span_counters())?;
+    }
+    let traces = options.traces.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
     let outcome = runtime.block_on(route(options));
+    traces.shut_down(LAST_SPANS);
     runtime.shutdown_background();
     outcome
 }

@@ -16,7 +16,7 @@ use servelab_router::replicas::probe::ProbeOptions;
 use servelab_router::{
     ClientKey, Dns, HoldOptions, KubernetesService, Question, RouterOptions, Source, Timeouts,
 };
-use servelab_telemetry::{LogError, LogFormat, Secret};
+use servelab_telemetry::{LogError, LogFormat, Secret, Traces};
 
 use super::args::TypedRoute;
 use crate::open_files;
@@ -133,6 +133,7 @@ impl RouteSettings {
             )?,
             drain_timeout: typed.drain_timeout.map_or(Duration::from_secs(30), |time| time.0),
             metrics: Arc::new(metrics),
+            traces: Traces::off(),
         };
         let log_format = match typed.log_format {
             Some(crate::args::LogFormat::Json) => LogFormat::Json,

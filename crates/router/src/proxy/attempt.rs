@@ -10,9 +10,12 @@ use http_body::Frame;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use servelab_front::request_id::HttpRequestId;
+use servelab_telemetry::RequestTrace;
+use servelab_telemetry::traces::OpenSpan;
 use tokio::time::Instant;
 
 use super::headers::remove_hop_by_hop;
+use super::spans;
 use super::stream::Causes;
 use crate::app::App;
 use crate::choice::load::Dispatch;
@@ -38,6 +41,16 @@ pub struct Outgoing {
     pub asked: Asked,
     /// When the whole answer must be there.
     pub end: Instant,
+    pub trace: RequestTrace,
+}
+
+/// Which attempt of a request it is.
+#[derive(Clone, Copy)]
+pub struct Attempt {
+    /// 1 for the first.
+    pub number: u32,
+    /// Beside another one that is slow.
+    pub is_hedge: bool,
 }
 
 /// Who was chosen, and why.
@@ -53,6 +66,8 @@ pub struct Begun {
     pub ticket: Ticket,
     pub parts: response::Parts,
     pub body: Beginning,
+    /// Of the attempt, which ends with the answer.
+    pub span: OpenSpan,
 }
 
 pub enum Beginning {
@@ -78,15 +93,21 @@ impl Failed {
 ///
 /// # Errors
 /// If another replica may do better.
-pub async fn attempt(app: &App, outgoing: &Outgoing, chosen: Chosen) -> Result<Begun, Failed> {
+pub async fn attempt(
+    app: &App,
+    outgoing: &Outgoing,
+    chosen: Chosen,
+    which: Attempt,
+) -> Result<Begun, Failed> {
     let Chosen { replica, decision, mut dispatch, mut ticket } = chosen;
     let chosen = Choice { replica, decision };
+    let mut span = spans::of_attempt(&outgoing.trace, &chosen.replica.address, which);
     let began = Instant::now();
     // An answer that comes whole does not show when its prompt was computed; then the estimate has to do.
     let prefill = chosen.decision.terms().map_or(0.0, |terms| terms.prefill_seconds + terms.queue_seconds);
     let prefill = Duration::try_from_secs_f64(prefill).unwrap_or(FAR).min(FAR);
     let outcome = {
-        let exchange = exchange(app, outgoing, &chosen);
+        let exchange = exchange(app, outgoing, &chosen, &span);
         tokio::pin!(exchange);
         match tokio::time::timeout(prefill, &mut exchange).await {
             Ok(outcome) => outcome,
@@ -104,10 +125,12 @@ pub async fn attempt(app: &App, outgoing: &Outgoing, chosen: Chosen) -> Result<B
             app.registry.answered(&chosen.replica, time.as_secs_f64());
             app.metrics.time_to_first_byte_seconds.observe(time.as_secs_f64());
             app.first_bytes.observe(time);
-            Ok(Begun { chosen, dispatch, ticket, parts, body })
+            spans::tell_first_byte(&mut span, parts.status);
+            Ok(Begun { chosen, dispatch, ticket, parts, body, span })
         }
         Err(failed) => {
             tell(app, &chosen, &mut ticket, &failed);
+            spans::tell_failed(&mut span, &failed);
             Err(failed)
         }
     }
@@ -131,7 +154,12 @@ fn tell(app: &App, chosen: &Choice, ticket: &mut Ticket, failed: &Failed) {
 
 type Answer = (response::Parts, Beginning);
 
-async fn exchange(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Answer, Failed> {
+async fn exchange(
+    app: &App,
+    outgoing: &Outgoing,
+    chosen: &Choice,
+    span: &OpenSpan,
+) -> Result<Answer, Failed> {
     let timeouts = app.timeouts;
     let first_byte = Instant::now() + timeouts.first_byte;
     let deadline = if outgoing.asked.streams { first_byte.min(outgoing.end) } else { outgoing.end };
@@ -143,15 +171,16 @@ async fn exchange(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Ans
         };
         Failed::new(Fault::FirstByte, error)
     };
-    let answer = tokio::time::timeout_at(deadline, send(app, outgoing, chosen));
+    let answer = tokio::time::timeout_at(deadline, send(app, outgoing, chosen, span));
     tokio::select! {
         answer = answer => answer.map_err(late)?,
         () = chosen.replica.until_lost() => Err(Failed::new(Fault::FirstByte, RouterError::Lost)),
     }
 }
 
-async fn send(app: &App, outgoing: &Outgoing, chosen: &Choice) -> Result<Answer, Failed> {
-    let request = request(app, outgoing, chosen)?;
+async fn send(app: &App, outgoing: &Outgoing, chosen: &Choice, span: &OpenSpan) -> Result<Answer, Failed> {
+    let mut request = request(app, outgoing, chosen)?;
+    span.inject(request.headers_mut());
     let answer = app.client.request(request).await.map_err(|error| {
         tracing::info!(replica = %chosen.replica.address, error = %Causes(&error), "a replica did not answer");
         if error.is_connect() {

@@ -3,8 +3,11 @@
 
 use std::sync::Arc;
 
+use servelab_telemetry::RequestTrace;
+use servelab_telemetry::traces::OpenSpan;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::spans;
 use crate::app::App;
 use crate::choice::load::Dispatch;
 use crate::limits::{Reservation, queue};
@@ -16,13 +19,18 @@ use crate::usage::{StreamUsage, Used};
 pub struct Visit {
     app: Arc<App>,
     outcome: Outcome,
+    trace: RequestTrace,
     _tracked: TaskTrackerToken,
 }
 
 impl Visit {
-    pub fn new(app: &Arc<App>) -> Self {
+    pub fn new(app: &Arc<App>, trace: RequestTrace) -> Self {
         app.metrics.requests_in_flight.inc();
-        Self { app: app.clone(), outcome: Outcome::Left, _tracked: app.inside.token() }
+        Self { app: app.clone(), outcome: Outcome::Left, trace, _tracked: app.inside.token() }
+    }
+
+    pub fn trace(&self) -> &RequestTrace {
+        &self.trace
     }
 
     pub fn set(&mut self, outcome: Outcome) {
@@ -34,6 +42,7 @@ impl Drop for Visit {
     fn drop(&mut self) {
         self.app.metrics.requests_in_flight.dec();
         self.app.metrics.ended(self.outcome);
+        spans::tell_outcome(&self.trace, self.outcome);
     }
 }
 
@@ -44,12 +53,18 @@ pub struct Admission {
     pub inside: Option<queue::Inside>,
 }
 
+/// The attempt that answers.
+pub struct Sent {
+    pub dispatch: Dispatch,
+    pub ticket: Ticket,
+    pub span: OpenSpan,
+}
+
 /// A request whose answer has begun.
 pub struct Flight {
     pub visit: Visit,
     pub admission: Admission,
-    pub dispatch: Dispatch,
-    pub ticket: Ticket,
+    pub sent: Sent,
     /// The answer is not an error.
     pub is_success: bool,
     /// The router's estimates, in tokens.
@@ -63,29 +78,18 @@ impl Flight {
     pub fn new(
         visit: Visit,
         admission: Admission,
-        dispatch: Dispatch,
-        ticket: Ticket,
+        sent: Sent,
         is_success: bool,
         prompt_tokens: u32,
         predicted_hit_tokens: u32,
     ) -> Self {
         let (usage, used) = (StreamUsage::default(), None);
-        Self {
-            visit,
-            admission,
-            dispatch,
-            ticket,
-            is_success,
-            prompt_tokens,
-            predicted_hit_tokens,
-            usage,
-            used,
-        }
+        Self { visit, admission, sent, is_success, prompt_tokens, predicted_hit_tokens, usage, used }
     }
 
     /// A piece of a stream of events passes.
     pub fn events(&mut self, bytes: &[u8]) {
-        self.dispatch.first_token();
+        self.sent.dispatch.first_token();
         self.usage.push(bytes);
     }
 
@@ -93,13 +97,14 @@ impl Flight {
     pub fn answered(&mut self, used: Option<Used>) {
         self.used = used;
         self.visit.set(Outcome::Answered);
-        self.ticket.succeeded();
+        self.sent.ticket.succeeded();
     }
 
     /// The replica broke off or fell silent.
     pub fn failed(&mut self) {
         self.visit.set(Outcome::Failed);
-        self.ticket.failed();
+        self.sent.ticket.failed();
+        self.sent.span.fail("broken_off");
     }
 }
 
@@ -107,6 +112,7 @@ impl Drop for Flight {
     fn drop(&mut self) {
         let app = &self.visit.app;
         let used = self.used.or(self.usage.used());
+        spans::tell_used(&self.visit.trace, used, self.predicted_hit_tokens);
         if let Some(used) = used {
             app.metrics.prompt_tokens.inc_by(used.prompt_tokens.into());
             app.metrics.confirmed_hit_tokens.inc_by(used.cached_tokens.into());

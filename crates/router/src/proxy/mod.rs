@@ -7,6 +7,7 @@ pub mod flight;
 pub mod headers;
 pub mod hedge;
 pub mod hold;
+mod spans;
 pub mod stream;
 pub mod whole_events;
 
@@ -16,11 +17,13 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, request, response};
+use http::{HeaderMap, HeaderValue, request, response};
 use rand::Rng;
+use servelab_front::request_id;
+use servelab_telemetry::RequestTrace;
 
-use self::attempt::{Beginning, Begun, Failed, Outgoing, attempt, request_id};
-use self::flight::{Admission, Flight, Visit};
+use self::attempt::{Attempt, Beginning, Begun, Failed, Outgoing, attempt};
+use self::flight::{Admission, Flight, Sent, Visit};
 use self::stream::AnswerBody;
 use crate::app::App;
 use crate::choice::replica_set::ReplicaSet;
@@ -72,7 +75,7 @@ impl Answer {
 
 /// Whether a request makes a replica generate.
 pub fn generates(parts: &request::Parts) -> bool {
-    parts.method == Method::POST && matches!(parts.uri.path(), "/v1/chat/completions" | "/v1/completions")
+    request_id::generates(&parts.method, parts.uri.path())
 }
 
 /// Reads what the choice needs of a request; nothing of one that generates nothing.
@@ -93,7 +96,9 @@ pub async fn asked(incoming: &Incoming) -> Asked {
 /// # Errors
 /// If a limit is reached, no replica is there in time, or none gives an answer.
 pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result<Answer, RouterError> {
-    let mut visit = Visit::new(app);
+    let trace = incoming.parts.extensions.get::<RequestTrace>().cloned().unwrap_or_default();
+    spans::tell_request(&trace, &asked);
+    let mut visit = Visit::new(app, trace);
     let outcome = forward_counted(app, incoming, asked).await;
     match outcome {
         Ok((begun, admission, estimate, noted)) => {
@@ -102,6 +107,7 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
         Err(error) => {
             let refused = error.status().is_client_error();
             visit.set(if refused { Outcome::Refused } else { Outcome::Failed });
+            spans::tell_error(visit.trace(), &error);
             Err(error)
         }
     }
@@ -117,11 +123,12 @@ type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate
 
 async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result<Passed, RouterError> {
     let Incoming { parts, body, key } = incoming;
-    let admission = admit(app, &parts, key, &asked).await?;
+    let trace = parts.extensions.get::<RequestTrace>().cloned().unwrap_or_default();
+    let admission = spans::timed(&trace, "wait", admit(app, &parts, key, &asked)).await?;
     let end = tokio::time::Instant::now() + app.timeouts.total;
     let estimate = Estimate { prompt_tokens: asked.prompt.tokens, end };
     let explains = parts.headers.contains_key(DECISION_HEADER);
-    let outgoing = Outgoing { parts, body, asked, end };
+    let outgoing = Outgoing { parts, body, asked, end, trace };
     app.budget.earn();
     match try_replicas(app, &outgoing).await {
         Ok((begun, noted)) => Ok((Ok(begun), admission, estimate, explains.then_some(noted))),
@@ -182,13 +189,13 @@ async fn try_replicas(app: &Arc<App>, outgoing: &Outgoing) -> Result<(Begun, Arc
                     }
                 }
                 tried = ReplicaSet::EMPTY;
-                hold(app, outgoing).await?
+                spans::timed(&outgoing.trace, "hold", hold(app, outgoing)).await?
             }
         };
         number += 1;
         let noted = note(app, outgoing, &chosen, number);
         tried.insert(chosen.replica.id);
-        match attempt_or_hedge(app, outgoing, chosen, &mut tried).await {
+        match attempt_or_hedge(app, outgoing, chosen, number, &mut tried).await {
             Ok(begun) => return Ok((begun, noted)),
             Err(failed) => {
                 if !may_retry(app, &failed, number) {
@@ -203,8 +210,10 @@ async fn try_replicas(app: &Arc<App>, outgoing: &Outgoing) -> Result<(Begun, Arc
 
 fn choose(app: &Arc<App>, outgoing: &Outgoing, tried: &ReplicaSet) -> Option<Chosen> {
     let began = Instant::now();
+    let since = outgoing.trace.elapsed();
     let chosen = app.registry.choose(&outgoing.asked.prompt, tried);
     app.metrics.decision_seconds.observe(began.elapsed().as_secs_f64());
+    spans::tell_choice(&outgoing.trace, since, app.policy, chosen.as_ref());
     chosen
 }
 
@@ -246,7 +255,7 @@ fn note(app: &App, outgoing: &Outgoing, chosen: &Chosen, number: u32) -> Arc<Not
         policy.name(),
         outgoing.asked.prompt.tokens,
         number,
-        request_id(&outgoing.parts),
+        attempt::request_id(&outgoing.parts),
         app.registry.now(),
         |replicas| app.registry.names(replicas),
     ));
@@ -260,9 +269,10 @@ async fn attempt_or_hedge(
     app: &Arc<App>,
     outgoing: &Outgoing,
     chosen: Chosen,
+    number: u32,
     tried: &mut ReplicaSet,
 ) -> Result<Begun, Failed> {
-    let first = attempt(app, outgoing, chosen);
+    let first = attempt(app, outgoing, chosen, Attempt { number, is_hedge: false });
     let Some(delay) = app.hedge_quantile.and_then(|quantile| app.first_bytes.quantile(quantile)) else {
         return first.await;
     };
@@ -276,7 +286,7 @@ async fn attempt_or_hedge(
     };
     app.metrics.hedges.inc();
     tried.insert(second.replica.id);
-    let second = attempt(app, outgoing, second);
+    let second = attempt(app, outgoing, second, Attempt { number, is_hedge: true });
     tokio::pin!(second);
     tokio::select! {
         begun = &mut first => match begun {
@@ -319,11 +329,11 @@ fn answer(
         admission.reservation.as_ref().map(Reservation::levels),
         &mut begun.parts.headers,
     );
-    let Begun { chosen, dispatch, ticket, parts, body } = begun;
+    let Begun { chosen, dispatch, ticket, parts, body, span } = begun;
     let matched = chosen.decision.terms().map_or(0, |terms| terms.matched_tokens);
     let is_success = parts.status.is_success();
-    let mut flight =
-        Flight::new(visit, admission, dispatch, ticket, is_success, estimate.prompt_tokens, matched);
+    let sent = Sent { dispatch, ticket, span };
+    let mut flight = Flight::new(visit, admission, sent, is_success, estimate.prompt_tokens, matched);
     let body = match body {
         Beginning::Whole(bytes) => {
             flight.answered(usage::of_answer(&bytes));

@@ -284,6 +284,7 @@ pub fn options_to(addresses: &[SocketAddr]) -> RouterOptions {
         idempotency_window: Duration::from_secs(600),
         drain_timeout: PATIENCE,
         metrics: Arc::new(RouterMetrics::new("servelab_", Policy::Cost).unwrap()),
+        traces: servelab_telemetry::Traces::off(),
     }
 }
 

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, body::Body};
 use futures::{Stream, StreamExt};
 use servelab_engine::TokenId;
+use servelab_telemetry::RequestTrace;
 use servelab_wire::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply, ChatRequest,
     StreamOptions, Usage,
@@ -20,6 +21,7 @@ use crate::generation::{Delta, Generation};
 use crate::logprobs;
 use crate::model::{Ask, Conversation, Model, TokenisedPrompt};
 use crate::run_ahead::deltas;
+use crate::spans;
 use crate::sse;
 use servelab_front::request_id::HttpRequestId;
 
@@ -27,6 +29,7 @@ pub async fn create(
     State(app): State<Arc<App>>,
     Extension(Arrived(arrived)): Extension<Arrived>,
     Extension(HttpRequestId(http_request_id)): Extension<HttpRequestId>,
+    Extension(trace): Extension<RequestTrace>,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
     let model = app.model()?.clone();
@@ -34,6 +37,8 @@ pub async fn create(
     let body = body::json(&head.headers, body, app.max_body_bytes, &model.blocking).await?;
     let request = ChatRequest::read(body)?;
     app.check_name(request.common.model.as_deref())?;
+    spans::tell_request(&trace, &app, &model, "chat", &request.common);
+    spans::tell_messages(&trace, &request.messages);
     let places = app.places(&model, 1, request.common.n)?;
     let prompt = model.tokenise_chat(conversation(&request)).await?;
     let ask = Ask {
@@ -42,9 +47,11 @@ pub async fn create(
         prompt_logprobs: request.common.prompt_logprobs,
         arrived,
         http_request_id,
+        trace,
     };
     let generation = model.submit(&ask, std::slice::from_ref(&prompt), places).await?;
     let heading = Heading::new(&app, "chatcmpl", &request.common);
+    spans::tell_heading(&ask.trace, &heading);
     match request.common.stream {
         None => Ok(Json(whole(heading, &request, &model, &prompt, generation).await?).into_response()),
         Some(options) => {

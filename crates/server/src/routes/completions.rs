@@ -8,6 +8,7 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt};
 use servelab_engine::{TokenId, TokenLogprobs};
+use servelab_telemetry::RequestTrace;
 use servelab_wire::{
     Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt, StreamOptions, Usage,
 };
@@ -19,6 +20,7 @@ use crate::generation::{Delta, Finish, Generation};
 use crate::logprobs::{self, CompletionColumns};
 use crate::model::{Ask, Model, TokenisedPrompt};
 use crate::run_ahead::deltas;
+use crate::spans;
 use crate::sse;
 use servelab_front::request_id::HttpRequestId;
 
@@ -26,6 +28,7 @@ pub async fn create(
     State(app): State<Arc<App>>,
     Extension(Arrived(arrived)): Extension<Arrived>,
     Extension(HttpRequestId(http_request_id)): Extension<HttpRequestId>,
+    Extension(trace): Extension<RequestTrace>,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
     let model = app.model()?.clone();
@@ -33,6 +36,8 @@ pub async fn create(
     let body = body::json(&head.headers, body, app.max_body_bytes, &model.blocking).await?;
     let request = CompletionRequest::read(body)?;
     app.check_name(request.common.model.as_deref())?;
+    spans::tell_request(&trace, &app, &model, "text_completion", &request.common);
+    spans::tell_prompts(&trace, &request.prompts);
     let places = app.places(&model, request.prompts.len(), request.common.n)?;
     let prompts = tokenised(&model, &request).await?;
     let ask = Ask {
@@ -41,9 +46,11 @@ pub async fn create(
         prompt_logprobs: prompt_logprobs_wanted(&request),
         arrived,
         http_request_id,
+        trace,
     };
     let generation = model.submit(&ask, &prompts, places).await?;
     let heading = Heading::new(&app, "cmpl", &request.common);
+    spans::tell_heading(&ask.trace, &heading);
     match request.common.stream {
         None => Ok(Json(whole(heading, &request, &model, &prompts, generation).await?).into_response()),
         Some(options) => {

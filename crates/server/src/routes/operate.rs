@@ -5,9 +5,10 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header;
+use http::{HeaderMap, header};
 use serde_json::{Value, json};
 use servelab_engine::RequestId;
+use servelab_telemetry::{OPEN_METRICS_CONTENT_TYPE, accepts_open_metrics};
 use servelab_wire::{
     BlocksState, ConfigState, EngineState, PrefixCacheState, RunningState, StateSnapshot, WaitingState,
 };
@@ -18,9 +19,16 @@ use crate::engine_thread::{Command, EngineReport};
 use crate::errors::ApiError;
 use crate::model::Model;
 
-pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let text = app.metrics.encode().map_err(|error| ApiError::Internal(error.to_string()))?;
-    Ok(([(header::CONTENT_TYPE, servelab_telemetry::CONTENT_TYPE)], text).into_response())
+/// In OpenMetrics' format for scrapers that take it, where there are traces to be told in it.
+pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, ApiError> {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let (text, content_type) = if app.traces.is_on() && accepts_open_metrics(accept) {
+        (app.metrics.encode_open_metrics(), OPEN_METRICS_CONTENT_TYPE)
+    } else {
+        (app.metrics.encode(), servelab_telemetry::CONTENT_TYPE)
+    };
+    let text = text.map_err(|error| ApiError::Internal(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }
 
 /// Also tells what computes, and the sampling values of requests that name none.

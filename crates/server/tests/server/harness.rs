@@ -359,6 +359,7 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
         stall_timeout,
         seed: 0,
         metrics,
+        traces: servelab_telemetry::Traces::off(),
         load: Box::new(move || {
             if let Some(signal) = &setup.load_after {
                 let _ = signal.recv();

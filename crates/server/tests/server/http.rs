@@ -174,6 +174,7 @@ async fn an_unusable_key_stops_the_start() {
         stall_timeout: std::time::Duration::ZERO,
         seed: 0,
         metrics,
+        traces: servelab_telemetry::Traces::off(),
         load: Box::new(|| Err(servelab_server::LoadError("not reached".into()))),
     };
     let error = servelab_server::Server::bind(options).await.err().unwrap().to_string();
