@@ -88,6 +88,7 @@ async fn serve(settings: Settings, device: Chosen) -> Result<(), Error> {
         drain_timeout: network.drain_timeout,
         stall_timeout: network.stall_timeout,
         seed: model.seed,
+        kv_zmq: network.kv_zmq,
         metrics,
         load: loader(prepared, model, engine, device, tell),
     };
