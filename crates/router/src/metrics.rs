@@ -95,6 +95,10 @@ pub struct RouterMetrics {
     breaker_state: IntGaugeVec,
     imbalance: Gauge,
     replica_index_blocks: IntGaugeVec,
+    kv_events_state: IntGaugeVec,
+    kv_event_batches: IntCounterVec,
+    kv_event_gaps: IntCounterVec,
+    kv_event_resyncs: IntCounterVec,
 }
 
 impl RouterMetrics {
@@ -128,6 +132,10 @@ impl RouterMetrics {
             breaker_state: make.gauges(&names::BREAKER_STATE, &["replica"])?,
             imbalance: make.float(&names::IMBALANCE)?,
             replica_index_blocks: make.gauges(&names::REPLICA_INDEX_BLOCKS, &["replica"])?,
+            kv_events_state: make.gauges(&names::KV_EVENTS_STATE, &["replica"])?,
+            kv_event_batches: make.counters(&names::KV_EVENT_BATCHES, &["replica"])?,
+            kv_event_gaps: make.counters(&names::KV_EVENT_GAPS, &["replica"])?,
+            kv_event_resyncs: make.counters(&names::KV_EVENT_RESYNCS, &["replica"])?,
             series: make.series,
         };
         metrics.touch(policy);
@@ -167,6 +175,10 @@ impl RouterMetrics {
         self.replica_in_flight.reset();
         self.breaker_state.reset();
         self.replica_index_blocks.reset();
+        self.kv_events_state.reset();
+        self.kv_event_batches.reset();
+        self.kv_event_gaps.reset();
+        self.kv_event_resyncs.reset();
         for health in ["unknown", "ready", "not_ready"] {
             let count = replicas.iter().filter(|replica| replica.health == health).count();
             self.replicas.with_label_values(&[health]).set(count as i64);
@@ -175,6 +187,10 @@ impl RouterMetrics {
             let labels = [replica.url.as_str()];
             self.replica_in_flight.with_label_values(&labels).set(replica.in_flight.into());
             self.replica_index_blocks.with_label_values(&labels).set(replica.index_blocks.into());
+            self.kv_events_state.with_label_values(&labels).set(replica.kv_events as i64);
+            self.kv_event_batches.with_label_values(&labels).inc_by(replica.kv_batches);
+            self.kv_event_gaps.with_label_values(&labels).inc_by(replica.kv_gaps);
+            self.kv_event_resyncs.with_label_values(&labels).inc_by(replica.kv_resyncs);
             let state = match replica.breaker {
                 "closed" => 0,
                 "half_open" => 1,
@@ -271,6 +287,7 @@ impl Make<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::StreamState;
 
     fn view(port: u32, in_flight: u32) -> ReplicaView {
         ReplicaView {
@@ -284,6 +301,10 @@ mod tests {
             prefill_tokens_per_second: 1.0,
             step_seconds: 1.0,
             index_blocks: 5,
+            kv_events: StreamState::Precise,
+            kv_batches: 9,
+            kv_gaps: 1,
+            kv_resyncs: 2,
         }
     }
 

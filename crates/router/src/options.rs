@@ -7,6 +7,7 @@ use std::time::Duration;
 use servelab_telemetry::Secret;
 
 use crate::choice::fleet::FleetOptions;
+use crate::events::KvEventsOptions;
 use crate::limits::KeyLimits;
 use crate::metrics::RouterMetrics;
 use crate::replicas::address::Address;
@@ -75,6 +76,7 @@ pub struct RouterOptions {
     pub sources: Vec<Source>,
     pub fleet: FleetOptions,
     pub probe: ProbeOptions,
+    pub kv_events: KvEventsOptions,
     pub timeouts: Timeouts,
     pub hold: HoldOptions,
     /// Attempts at other replicas after the first.

@@ -172,6 +172,10 @@ pub mod router {
         HEDGES_WON = counter("router_hedges_won_total", "Such attempts that answered first.");
         LIMITED = counter("router_limited_total", "Requests refused by a limit.");
         IDEMPOTENT_ANSWERS = counter("router_idempotent_answers_total", "Requests that got the answer of an earlier one.");
+        KV_EVENT_BATCHES = counter("router_kv_event_batches_total", "Batches of KV events of a replica.");
+        KV_EVENT_GAPS = counter("router_kv_event_gaps_total", "Times that KV events of a replica were missed.");
+        KV_EVENT_RESYNCS = counter("router_kv_event_resyncs_total",
+            "Times that what a replica holds was learnt anew after a stream had been lost.");
         PROMPT_TOKENS = counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.");
         PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
             "Prompt tokens that the replicas were expected to hold, by the router's count.");
@@ -184,6 +188,8 @@ pub mod router {
         REPLICAS = gauge("router_replicas", "Replicas, by health.");
         REPLICA_IN_FLIGHT = gauge("router_replica_in_flight", "Requests in flight at a replica.");
         REPLICA_INDEX_BLOCKS = gauge("router_replica_index_blocks", "Blocks that a replica is believed to hold.");
+        KV_EVENTS_STATE = gauge("router_kv_events_state",
+            "Stream of a replica's KV events: 0 there is none, 1 connecting, 2 without its beginning, 3 precise.");
         BREAKER_STATE = gauge("router_breaker_state", "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.");
         IMBALANCE = gauge("router_imbalance", "Most requests in flight at a replica over the mean.");
 

@@ -10,6 +10,8 @@ mod drain;
 mod faults;
 /// No replica there, then one.
 mod hold;
+/// What replicas say that they hold.
+mod kv_events;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
 /// What passes unchanged, and what the router adds.
