@@ -41,7 +41,7 @@ advisories:
 test:
     cargo test --workspace
 
-# The official OpenAI client against the binary; needs the packages of tests/openai_client/requirements.txt.
+# The official OpenAI client, and libzmq with vLLM's message types, against the binary; needs the packages of tests/openai_client/requirements.txt.
 test-openai:
     cargo test --quiet --workspace --test end_to_end --no-run
     {{ python }} -m pytest -q -p no:cacheprovider tests/openai_client --binary "{{ target }}/debug/servelab"

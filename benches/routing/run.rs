@@ -228,6 +228,7 @@ impl<'a> Run<'a> {
         let prompt = Prompt {
             tokens: tokens.len() as u32,
             chain: hash_blocks(&tokens, self.fleet.block_size() as usize, 0),
+            is_exact: true,
             session: is_session.then(|| servelab_bench::prompt::mix(at as u64)),
             sequences: 1,
             output_tokens,

@@ -32,6 +32,8 @@ mod doctor;
 mod drain;
 /// What is refused, and in which words.
 mod errors;
+/// What a replica's prefix cache holds, as the router hears it.
+mod kv_events;
 /// The commands of the labs.
 mod labs;
 /// Full queues and requests that can never fit.

@@ -17,12 +17,12 @@ def pytest_addoption(parser):
 
 
 class Server:
-    """A running `servelab serve`; a context manager."""
+    """A running `servelab serve`, or another command that serves; a context manager."""
 
-    def __init__(self, binary: Path, *flags: str):
+    def __init__(self, binary: Path, *flags: str, command: str = "serve"):
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [binary, "serve", "--port", "0", *flags],
+            [binary, command, "--port", "0", *flags],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -65,9 +65,9 @@ class Server:
 
 @pytest.fixture(scope="session")
 def start(request):
-    """Starts a server with the given flags."""
+    """Starts a server with the given flags, or a router with `command="route"`."""
     binary = Path(request.config.getoption("--binary")).resolve()
-    return lambda *flags: Server(binary, *flags)
+    return lambda *flags, **which: Server(binary, *flags, **which)
 
 
 @pytest.fixture(scope="module")

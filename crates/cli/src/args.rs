@@ -123,6 +123,20 @@ pub struct Typed {
     #[arg(long, value_name = "TIME", help_heading = "Network")]
     pub stall_timeout: Option<TimeSpan>,
 
+    /// Also publish what the prefix cache gains and loses over ZeroMQ, as vLLM does, at this address,
+    /// tcp://HOST:PORT. It knows no keys, and tells the tokens of prompts [default: only GET /kv/events].
+    #[arg(long, value_name = "ADDRESS", help_heading = "KV events")]
+    pub kv_events_zmq: Option<String>,
+    /// Where subscribers ask for what they missed, tcp://HOST:PORT [default: nowhere].
+    #[arg(long, value_name = "ADDRESS", help_heading = "KV events")]
+    pub kv_events_replay: Option<String>,
+    /// First frame of every batch [default: kv@ADDRESS@MODEL, with the address that the server listens on].
+    #[arg(long, value_name = "TEXT", help_heading = "KV events")]
+    pub kv_events_topic: Option<String>,
+    /// How batches are written: map as newer versions of vLLM, array as older ones [default: map].
+    #[arg(long, value_name = "FORMAT", help_heading = "KV events")]
+    pub kv_events_encoding: Option<KvEncoding>,
+
     /// Where to compute; auto takes an NVIDIA GPU if there is one that the model can be computed on; sim computes
     /// nothing and takes the time of --hardware [default: auto].
     #[arg(long, help_heading = "Engine")]
@@ -234,6 +248,7 @@ choice!(Dtype { Auto, F32, F16, Bf16, Fp8 });
 choice!(KvDtype { Auto, F32, F16, Bf16, Fp8 });
 choice!(Device { Auto, Cpu, Cuda, Sim });
 choice!(Engine { Paged, Naive });
+choice!(KvEncoding { Map, Array });
 choice!(LogFormat { Human, Json });
 choice!(OtlpProtocol { Grpc, Http });
 
@@ -271,6 +286,10 @@ impl Typed {
             max_body_bytes: self.max_body_bytes.or(file.max_body_bytes),
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
             stall_timeout: self.stall_timeout.or(file.stall_timeout),
+            kv_events_zmq: self.kv_events_zmq.or(file.kv_events_zmq),
+            kv_events_replay: self.kv_events_replay.or(file.kv_events_replay),
+            kv_events_topic: self.kv_events_topic.or(file.kv_events_topic),
+            kv_events_encoding: self.kv_events_encoding.or(file.kv_events_encoding),
             device: self.device.or(file.device),
             engine: self.engine.or(file.engine),
             threads: self.threads.or(file.threads),

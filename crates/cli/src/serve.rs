@@ -100,6 +100,7 @@ async fn serve(settings: Settings, traces: Option<TraceOptions>, device: Chosen)
         drain_timeout: network.drain_timeout,
         stall_timeout: network.stall_timeout,
         seed: model.seed,
+        kv_zmq: network.kv_zmq,
         metrics,
         traces: traces.clone(),
         load: loader(prepared, model, engine, device, tell),

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use servelab_model::cuda::runner::Ways;
 use servelab_model::{EngineKind, KvDtype, LoadFormat, ModelError, ModelSource, PoolSize, WeightDtype};
+use servelab_server::kv_events::zmq::KvZmqOptions;
 use servelab_telemetry::{LogError, LogFormat, Secret};
+use servelab_wire::kv_events::zmq::Encoding;
 
 use crate::args::{self, Typed};
 use crate::open_files;
@@ -62,6 +64,8 @@ pub struct NetworkSettings {
     pub drain_timeout: Duration,
     /// Default 120 s.
     pub stall_timeout: Duration,
+    /// Default: KV events are not published over ZeroMQ.
+    pub kv_zmq: Option<KvZmqOptions>,
 }
 
 /// How to compute.
@@ -138,6 +142,8 @@ pub enum KvSize {
 pub enum SettingsError {
     #[error("--{name} is {value}; it must be {rule}")]
     Range { name: &'static str, value: String, rule: &'static str },
+    #[error("--{0} is for --kv-events-zmq, which is not given; give it too, or leave this out")]
+    WithoutKvEvents(&'static str),
     #[error("--kv-blocks and --kv-memory both size the KV cache; give one of them")]
     KvSizeTwice,
     #[error(
@@ -290,8 +296,38 @@ impl NetworkSettings {
             max_body_bytes: usize::try_from(max_body).unwrap_or(usize::MAX),
             drain_timeout: span(typed.drain_timeout, 30),
             stall_timeout,
+            kv_zmq: kv_zmq(typed)?,
         })
     }
+}
+
+fn kv_zmq(typed: &Typed) -> Result<Option<KvZmqOptions>, SettingsError> {
+    let Some(publish) = typed.kv_events_zmq.clone() else {
+        let given = [
+            ("kv-events-replay", typed.kv_events_replay.is_some()),
+            ("kv-events-topic", typed.kv_events_topic.is_some()),
+            ("kv-events-encoding", typed.kv_events_encoding.is_some()),
+        ];
+        return match given.iter().find(|(_, given)| *given) {
+            Some((name, _)) => Err(SettingsError::WithoutKvEvents(name)),
+            None => Ok(None),
+        };
+    };
+    let replay = typed.kv_events_replay.clone();
+    for (name, address) in [("kv-events-zmq", Some(&publish)), ("kv-events-replay", replay.as_ref())] {
+        let Some(address) = address else { continue };
+        let parts = address.strip_prefix("tcp://").and_then(|rest| rest.rsplit_once(':'));
+        let sane = parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        ensure(sane, name, address, "tcp://HOST:PORT, such as tcp://127.0.0.1:5557")?;
+    }
+    let topic = typed.kv_events_topic.clone();
+    let long = topic.as_ref().is_some_and(|topic| topic.len() > 1024);
+    ensure(!long, "kv-events-topic", "too long", "at most 1024 bytes")?;
+    let encoding = match typed.kv_events_encoding {
+        Some(args::KvEncoding::Array) => Encoding::Array,
+        Some(args::KvEncoding::Map) | None => Encoding::Map,
+    };
+    Ok(Some(KvZmqOptions { publish, replay, topic, encoding }))
 }
 
 impl EngineSettings {

@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::block_hash::{BlockHash, HashChain};
+use crate::kv_event::{KvEvent, StoredBlock};
 use crate::request::TokenId;
 
 /// A block of KV memory, `block_size` token slots.
@@ -28,8 +29,30 @@ pub struct BlockId(pub u32);
 pub enum Link {
     /// The empty prefix of all requests with this salt.
     Root { salt: u64 },
-    /// A published block. Numbers are never reused.
-    Block(u64),
+    /// A published block. Numbers are never reused; hash and salt are those of its chain.
+    Block { number: u64, hash: BlockHash, salt: u64 },
+}
+
+impl Link {
+    fn salt(self) -> u64 {
+        match self {
+            Self::Root { salt } | Self::Block { salt, .. } => salt,
+        }
+    }
+
+    fn hash(self) -> Option<BlockHash> {
+        match self {
+            Self::Root { .. } => None,
+            Self::Block { hash, .. } => Some(hash),
+        }
+    }
+
+    fn number(self) -> Option<u64> {
+        match self {
+            Self::Root { .. } => None,
+            Self::Block { number, .. } => Some(number),
+        }
+    }
 }
 
 /// The leading blocks of a prompt that were found in the cache.
@@ -104,6 +127,8 @@ pub struct BlockPool {
     published: HashMap<BlockHash, BlockId, BuildHasherDefault<KeyIsHash>>,
     next_link: u64,
     releases: u64,
+    /// What changed since somebody took the changes; `None` while nobody listens.
+    changes: Option<Vec<KvEvent>>,
 }
 
 impl BlockPool {
@@ -121,6 +146,7 @@ impl BlockPool {
             published: HashMap::default(),
             next_link: 0,
             releases: 0,
+            changes: None,
         }
     }
 
@@ -208,11 +234,16 @@ impl BlockPool {
         if let Some(&other) = self.published.get(&hash) {
             self.forget(other);
         }
-        let link = Link::Block(self.next_link);
+        let link = Link::Block { number: self.next_link, hash, salt: parent.salt() };
         self.next_link += 1;
-        self.block_mut(block).content = Some(Content { hash, parent, link });
+        let content = Content { hash, parent, link };
+        self.block_mut(block).content = Some(content);
         self.tokens_mut(block).copy_from_slice(tokens);
         self.published.insert(hash, block);
+        if self.changes.is_some() {
+            let stored = self.stored(block, content);
+            self.note(KvEvent::Stored(stored));
+        }
         link
     }
 
@@ -241,10 +272,56 @@ impl BlockPool {
     /// Returns how many blocks were published.
     pub fn forget_all(&mut self) -> usize {
         let published = self.published.len();
+        let listened = self.changes.take().is_some();
         for index in 0..self.blocks.len() as u32 {
             self.forget(BlockId(index));
         }
+        // Whatever was not taken yet is gone as well.
+        self.changes = listened.then(|| vec![KvEvent::Cleared]);
         published
+    }
+
+    /// Keeps the changes from now on, or no more. Without a listener they cost nothing.
+    pub fn listen(&mut self, listens: bool) {
+        match listens {
+            true => drop(self.changes.get_or_insert_default()),
+            false => self.changes = None,
+        }
+    }
+
+    /// The changes since the last call, in order; none while nobody listens.
+    pub fn take_changes(&mut self) -> Vec<KvEvent> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Everything that can be found, in the order in which it was published: a block stands behind the one before it
+    /// in its chain, if that is there. O(blocks).
+    pub fn stored_blocks(&self) -> Vec<StoredBlock> {
+        let with_content = |(index, block): (usize, &Block)| Some((BlockId(index as u32), block.content?));
+        let mut blocks: Vec<_> = self.blocks.iter().enumerate().filter_map(with_content).collect();
+        blocks.sort_unstable_by_key(|(_, content)| content.link.number());
+        blocks.into_iter().map(|(block, content)| self.stored(block, content)).collect()
+    }
+
+    fn stored(&self, block: BlockId, content: Content) -> StoredBlock {
+        StoredBlock {
+            hash: content.hash,
+            parent: content.parent.hash(),
+            salt: content.parent.salt(),
+            tokens: self.tokens_of(block).into(),
+        }
+    }
+
+    /// If more has gathered than everything afresh would take, that takes its place: the list is bounded, and what is
+    /// replayed comes out the same.
+    fn note(&mut self, event: KvEvent) {
+        let most = 2 * self.blocks.len() + 1;
+        let Some(changes) = &mut self.changes else { return };
+        changes.push(event);
+        if changes.len() > most {
+            let stored = self.stored_blocks().into_iter().map(KvEvent::Stored);
+            self.changes = Some(std::iter::once(KvEvent::Cleared).chain(stored).collect());
+        }
     }
 
     fn forget(&mut self, block: BlockId) {
@@ -254,6 +331,7 @@ impl BlockPool {
             self.unlink(block);
             self.free.push(block);
         }
+        self.note(KvEvent::Removed(content.hash));
     }
 
     fn evict_oldest(&mut self) -> Option<BlockId> {
@@ -261,6 +339,7 @@ impl BlockPool {
         self.unlink(block);
         if let Some(content) = self.block_mut(block).content.take() {
             self.published.remove(&content.hash);
+            self.note(KvEvent::Removed(content.hash));
         }
         Some(block)
     }

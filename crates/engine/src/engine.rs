@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use crate::block_hash::HashChain;
 use crate::block_pool::BlockId;
+use crate::kv_event::{KvEvent, StoredBlock};
 use crate::request::{Request, RequestId, Timestamp, TokenId};
 use crate::runner::{ModelRunner, RunnerError, Step, StepOutput, Submitted};
 use crate::scheduler::{Plan, Scheduler};
@@ -184,6 +185,24 @@ impl<R: ModelRunner> Engine<R> {
         let block_size = self.scheduler.config.block_size as usize;
         let mut chain = HashChain::new(block_size, cache_salt);
         self.scheduler.pool.longest_prefix(prompt, &mut chain, usize::MAX).blocks.len() * block_size
+    }
+
+    /// Notes from now on, or no more, what the prefix cache gains and loses: see [`Engine::take_kv_events`].
+    pub fn listen_to_kv(&mut self, listens: bool) {
+        self.scheduler.pool.listen(listens);
+    }
+
+    /// What the prefix cache has gained and lost since the last call, in order. If nobody takes them for long, they
+    /// are put together to a [`KvEvent::Cleared`] and all that is there, so that the list is never longer than two
+    /// entries for each block. Empty unless [`Engine::listen_to_kv`] said so.
+    pub fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.scheduler.pool.take_changes()
+    }
+
+    /// All blocks that can be found in the prefix cache, each behind its parent where that is there too. Copies their
+    /// tokens; O(blocks).
+    pub fn kv_blocks(&self) -> Vec<StoredBlock> {
+        self.scheduler.pool.stored_blocks()
     }
 
     pub fn config(&self) -> &EngineConfig {

@@ -10,6 +10,7 @@ mod config;
 pub mod engine;
 mod event;
 pub mod fake_runner;
+mod kv_event;
 pub mod request;
 pub mod runner;
 mod scheduler;
@@ -25,6 +26,7 @@ pub use engine::{
     StepReport, StepTrace, WaitingSequence,
 };
 pub use fake_runner::FakeRunner;
+pub use kv_event::{KvEvent, StoredBlock};
 pub use request::{FinishReason, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
 pub use runner::{
     Draw, FromLast, History, LogitsRow, ModelRunner, RowOutput, RunnerError, SequenceId, Step, StepOutput,

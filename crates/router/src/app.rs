@@ -73,9 +73,16 @@ impl App {
             value.iter_mut().for_each(|value| value.set_sensitive(true));
             value.map_err(|_| UnusableKey { number: 1 })
         });
+        let replica_key = replica_key.transpose()?;
         let slots = options.max_in_flight_per_replica;
         Ok(Self {
-            members: Arc::new(Members::new(registry.clone(), client.clone(), options.probe.clone())),
+            members: Arc::new(Members::new(
+                registry.clone(),
+                client.clone(),
+                options.probe.clone(),
+                options.kv_events.clone(),
+                replica_key.clone(),
+            )),
             client,
             metrics: options.metrics.clone(),
             traces: options.traces.clone(),
@@ -93,7 +100,7 @@ impl App {
             limits: Arc::new(Limits::new(limits, shared, registry.now())),
             gate: Arc::new(Gate::new(slots, options.max_waiting)),
             answers: Arc::new(Answers::new(options.idempotency_window)),
-            replica_key: replica_key.transpose()?,
+            replica_key,
             inside: TaskTracker::new(),
             cut: CancellationToken::new(),
             keys: ApiKeys::new(&secrets)?,

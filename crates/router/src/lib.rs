@@ -2,13 +2,14 @@
 //!
 //! The way of a request: `routes` (read it) - `prompt` (what it says) - `limits` (what its key may use, whose turn it
 //! is) - `replicas::registry` over `choice` (where it goes) - `proxy` (there and back). `discovery` says which replicas
-//! there are, `replicas::probe` how they are.
+//! there are, `replicas::probe` how they are, and `events` what they say that they hold.
 
 mod app;
 pub mod choice;
 pub mod decisions;
 pub mod discovery;
 pub mod errors;
+pub mod events;
 pub mod idempotency;
 pub mod limits;
 pub mod metrics;

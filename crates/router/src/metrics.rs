@@ -102,6 +102,10 @@ pub struct RouterMetrics {
     replica_index_blocks: IntGaugeVec,
     trace_spans_exported: IntCounter,
     trace_spans_dropped: IntCounterVec,
+    kv_events_state: IntGaugeVec,
+    kv_event_batches: IntCounterVec,
+    kv_event_gaps: IntCounterVec,
+    kv_event_resyncs: IntCounterVec,
 }
 
 impl RouterMetrics {
@@ -140,6 +144,10 @@ impl RouterMetrics {
             replica_index_blocks: make.gauges(&names::REPLICA_INDEX_BLOCKS, &["replica"])?,
             trace_spans_exported: make.counter(&names::TRACE_SPANS_EXPORTED)?,
             trace_spans_dropped: make.counters(&names::TRACE_SPANS_DROPPED, &[SpanDrop::NAME])?,
+            kv_events_state: make.gauges(&names::KV_EVENTS_STATE, &["replica"])?,
+            kv_event_batches: make.counters(&names::KV_EVENT_BATCHES, &["replica"])?,
+            kv_event_gaps: make.counters(&names::KV_EVENT_GAPS, &["replica"])?,
+            kv_event_resyncs: make.counters(&names::KV_EVENT_RESYNCS, &["replica"])?,
             series: make.series,
         };
         metrics.touch(policy);
@@ -196,6 +204,10 @@ impl RouterMetrics {
         self.replica_in_flight.reset();
         self.breaker_state.reset();
         self.replica_index_blocks.reset();
+        self.kv_events_state.reset();
+        self.kv_event_batches.reset();
+        self.kv_event_gaps.reset();
+        self.kv_event_resyncs.reset();
         for health in ["unknown", "ready", "not_ready"] {
             let count = replicas.iter().filter(|replica| replica.health == health).count();
             self.replicas.with_label_values(&[health]).set(count as i64);
@@ -204,6 +216,10 @@ impl RouterMetrics {
             let labels = [replica.url.as_str()];
             self.replica_in_flight.with_label_values(&labels).set(replica.in_flight.into());
             self.replica_index_blocks.with_label_values(&labels).set(replica.index_blocks.into());
+            self.kv_events_state.with_label_values(&labels).set(replica.kv_events as i64);
+            self.kv_event_batches.with_label_values(&labels).inc_by(replica.kv_batches);
+            self.kv_event_gaps.with_label_values(&labels).inc_by(replica.kv_gaps);
+            self.kv_event_resyncs.with_label_values(&labels).inc_by(replica.kv_resyncs);
             let state = match replica.breaker {
                 "closed" => 0,
                 "half_open" => 1,
@@ -300,6 +316,7 @@ impl Make<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::StreamState;
 
     fn view(port: u32, in_flight: u32) -> ReplicaView {
         ReplicaView {
@@ -313,6 +330,10 @@ mod tests {
             prefill_tokens_per_second: 1.0,
             step_seconds: 1.0,
             index_blocks: 5,
+            kv_events: StreamState::Precise,
+            kv_batches: 9,
+            kv_gaps: 1,
+            kv_resyncs: 2,
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use servelab_telemetry::{Secret, Traces};
 
 use crate::choice::fleet::FleetOptions;
+use crate::events::KvEventsOptions;
 use crate::limits::KeyLimits;
 use crate::limits::redis::RedisOptions;
 use crate::metrics::RouterMetrics;
@@ -151,6 +152,7 @@ pub struct RouterOptions {
     pub sources: Vec<Source>,
     pub fleet: FleetOptions,
     pub probe: ProbeOptions,
+    pub kv_events: KvEventsOptions,
     pub timeouts: Timeouts,
     pub hold: HoldOptions,
     /// Attempts at other replicas after the first.

@@ -39,11 +39,13 @@ pub fn read(body: &[u8], headers: &HeaderMap) -> Asked {
         |name: &str| body.get(name).and_then(Value::as_u64).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     let sequences = number("n").unwrap_or(1).clamp(1, 4096);
     let output = number("max_completion_tokens").or_else(|| number("max_tokens"));
-    let pieces = pieces(&body);
-    let salt = body.get("cache_salt").and_then(Value::as_str).map_or(0, |salt| xxh3_64(salt.as_bytes()));
+    let (pieces, is_exact) = pieces(&body);
+    let salt =
+        body.get("cache_salt").and_then(Value::as_str).map_or(0, |salt| xxh3_64(salt.as_bytes()).max(1));
     let prompt = Prompt {
         tokens: pieces.len() as u32,
         chain: hash_blocks(&pieces, BLOCK_SIZE as usize, salt),
+        is_exact,
         session: session(headers, &body),
         sequences,
         output_tokens: output.unwrap_or(USUAL_OUTPUT_TOKENS),
@@ -64,7 +66,8 @@ fn session(headers: &HeaderMap, body: &Value) -> Option<u64> {
     header.or_else(|| cookie().map(str::as_bytes)).or_else(|| user().map(str::as_bytes)).map(xxh3_64)
 }
 
-fn pieces(body: &Value) -> Vec<u32> {
+/// And whether they are the prompt's own tokens.
+fn pieces(body: &Value) -> (Vec<u32>, bool) {
     let mut text = Vec::new();
     match (body.get("messages"), body.get("prompt")) {
         (Some(Value::Array(messages)), _) => {
@@ -76,11 +79,11 @@ fn pieces(body: &Value) -> Vec<u32> {
         }
         (_, Some(Value::String(prompt))) => text.extend_from_slice(prompt.as_bytes()),
         (_, Some(Value::Array(prompts))) => match ids(prompts) {
-            Some(ids) => return ids,
+            Some(ids) => return (ids, true),
             // Of several prompts the first stands for all: they go to one replica.
             None => match prompts.first() {
                 Some(Value::String(first)) => text.extend_from_slice(first.as_bytes()),
-                Some(Value::Array(first)) => return ids(first).unwrap_or_default(),
+                Some(Value::Array(first)) => return (ids(first).unwrap_or_default(), true),
                 _ => {}
             },
         },
@@ -91,7 +94,7 @@ fn pieces(body: &Value) -> Vec<u32> {
         padded[..bytes.len()].copy_from_slice(bytes);
         u32::from_le_bytes(padded)
     };
-    text.chunks(PIECE_BYTES).map(piece).collect()
+    (text.chunks(PIECE_BYTES).map(piece).collect(), false)
 }
 
 /// `None` unless all of them are token ids.

@@ -27,6 +27,11 @@ impl Clock {
         self.started.as_secs()
     }
 
+    /// The same with fractions.
+    pub fn unix_seconds(&self) -> f64 {
+        (self.started + self.now()).as_secs_f64()
+    }
+
     /// Seconds since the Unix epoch.
     pub fn unix(&self) -> u64 {
         (self.started + self.now()).as_secs()

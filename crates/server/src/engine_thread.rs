@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::admission::Place;
 use crate::clock::Clock;
+use crate::kv_events::log::{KvLog, Snapshot};
 use crate::options::Runner;
 
 /// All that can happen to the engine from outside.
@@ -38,6 +39,8 @@ pub enum Command {
     /// Answers whether there was anything to forget.
     ResetPrefixCache(oneshot::Sender<bool>),
     Snapshot(oneshot::Sender<EngineReport>),
+    /// Records KV events from now on, and answers what the prefix cache holds.
+    ListenToKv(oneshot::Sender<Arc<Snapshot>>),
     Stop,
 }
 
@@ -145,6 +148,7 @@ pub struct EngineThread {
     metrics: Arc<Metrics>,
     heartbeat: Arc<Heartbeat>,
     clock: Clock,
+    kv: Arc<KvLog>,
 }
 
 /// A request that the engine serves.
@@ -173,8 +177,9 @@ impl EngineThread {
         metrics: Arc<Metrics>,
         heartbeat: Arc<Heartbeat>,
         clock: Clock,
+        kv: Arc<KvLog>,
     ) -> Self {
-        Self { engine, commands, live: HashMap::new(), metrics, heartbeat, clock }
+        Self { engine, commands, live: HashMap::new(), metrics, heartbeat, clock, kv }
     }
 
     /// Serves until it is told to stop or the runner is lost. Requests alive then end with an error.
@@ -186,6 +191,7 @@ impl EngineThread {
             };
             if let Next::End(end) = next {
                 self.heartbeat.idle();
+                self.kv.close();
                 return end;
             }
         }
@@ -232,10 +238,17 @@ impl EngineThread {
             }
             // Whoever asked may be gone by now.
             Command::ResetPrefixCache(answer) => {
-                let _ = answer.send(self.engine.reset_prefix_cache());
+                let forgot = self.engine.reset_prefix_cache();
+                self.tell_kv();
+                let _ = answer.send(forgot);
             }
             Command::Snapshot(answer) => {
                 let _ = answer.send(self.report());
+            }
+            Command::ListenToKv(answer) => {
+                self.tell_kv();
+                self.engine.listen_to_kv(true);
+                let _ = answer.send(self.kv.snapshot_taken(self.engine.kv_blocks()));
             }
             Command::Stop => return Next::End(EngineEnd::Stopped),
         }
@@ -300,6 +313,7 @@ impl EngineThread {
             self.deliver(event, at);
         }
         self.metrics.observe_step(report.prefill_tokens + report.decode_tokens);
+        self.tell_kv();
         self.publish();
         if progress {
             self.heartbeat.progressed(now);
@@ -350,6 +364,14 @@ impl EngineThread {
             prefix_hit_tokens: stats.prefix_hit_tokens,
             preemptions: stats.preemptions,
         });
+    }
+
+    /// Passes on what the prefix cache has gained and lost, if somebody listens.
+    fn tell_kv(&mut self) {
+        let events = self.engine.take_kv_events();
+        if !events.is_empty() && !self.kv.push(events, self.clock.unix_seconds()) {
+            self.engine.listen_to_kv(false);
+        }
     }
 
     fn report(&self) -> EngineReport {

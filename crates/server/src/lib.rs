@@ -13,6 +13,7 @@ mod drain;
 mod engine_thread;
 mod errors;
 mod generation;
+pub mod kv_events;
 mod loading;
 mod logprobs;
 mod model;

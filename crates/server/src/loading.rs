@@ -12,6 +12,7 @@ use crate::admission::Admission;
 use crate::app::App;
 use crate::blocking::Blocking;
 use crate::engine_thread::{EngineEnd, EngineThread};
+use crate::kv_events::log::KvLog;
 use crate::model::Model;
 use crate::options::{LoadError, LoadedModel, ServerOptions};
 use crate::server::ServeError;
@@ -46,6 +47,8 @@ pub fn spawn(options: ServerOptions, app: Arc<App>) -> std::io::Result<Loading> 
 
 fn load(options: ServerOptions, app: &App) -> Result<(Arc<Model>, EngineThread), ServeError> {
     let (max_waiting, seed) = (options.max_waiting, options.seed);
+    let listens = options.kv_zmq.is_some();
+    let kv = Arc::new(KvLog::new(listens));
     let loaded = catch_unwind(AssertUnwindSafe(options.load))
         .map_err(|_| LoadError("the loader panicked; its message stands above".into()))??;
     let admission = Arc::new(Admission::new(loaded.engine.max_running, max_waiting, app.clock));
@@ -65,6 +68,7 @@ fn load(options: ServerOptions, app: &App) -> Result<(Arc<Model>, EngineThread),
         defaults: loaded.sampling_defaults,
         engine: config.clone(),
         commands,
+        kv: kv.clone(),
         admission,
         blocking: Blocking::new(),
         clock: app.clock,
@@ -72,9 +76,10 @@ fn load(options: ServerOptions, app: &App) -> Result<(Arc<Model>, EngineThread),
         requests: AtomicU64::new(0),
         seed,
     });
-    let engine = Engine::new(config, loaded.runner)?;
+    let mut engine = Engine::new(config, loaded.runner)?;
+    engine.listen_to_kv(listens);
     let (metrics, heartbeat) = (app.metrics.clone(), app.heartbeat.clone());
-    Ok((model, EngineThread::new(engine, received, metrics, heartbeat, app.clock)))
+    Ok((model, EngineThread::new(engine, received, metrics, heartbeat, app.clock, kv)))
 }
 
 /// Room in the command channel: every request inside keeps a place for its abort, and as much again and

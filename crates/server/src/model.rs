@@ -17,6 +17,7 @@ use crate::clock::Clock;
 use crate::engine_thread::{Command, EventSender, RequestEvent, Submission};
 use crate::errors::ApiError;
 use crate::generation::{ChoiceText, Generation, Part};
+use crate::kv_events::log::KvLog;
 use crate::options::SamplingDefaults;
 
 /// A loaded model. One per server, shared by all requests.
@@ -31,6 +32,7 @@ pub struct Model {
     /// As the engine runs it.
     pub engine: EngineConfig,
     pub commands: mpsc::Sender<Command>,
+    pub kv: Arc<KvLog>,
     pub admission: Arc<Admission>,
     pub blocking: Blocking,
     pub clock: Clock,

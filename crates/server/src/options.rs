@@ -9,6 +9,8 @@ use servelab_telemetry::{LoadStage, Metrics, Secret, Traces};
 use servelab_text::{ChatTemplate, Tokenizer};
 use servelab_wire::DeviceState;
 
+use crate::kv_events::zmq::KvZmqOptions;
+
 /// The device side of a replica, behind the seam that the engine drives.
 pub type Runner = Box<dyn ModelRunner + Send>;
 
@@ -40,6 +42,8 @@ pub struct ServerOptions {
     /// Mixed into the seed of every request that gives none: two replicas with the same seed answer the
     /// same series of requests alike.
     pub seed: u64,
+    /// Publishes KV events over ZeroMQ as well; over HTTP they are always there to be asked for.
+    pub kv_zmq: Option<KvZmqOptions>,
     /// Made with [`crate::ROUTES`], so that requests are counted by route.
     pub metrics: Arc<Metrics>,
     /// Whoever started them shuts them down, after the server has ended.

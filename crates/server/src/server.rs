@@ -16,6 +16,7 @@ use crate::clock::Clock;
 use crate::drain::drain;
 use crate::engine_thread::{EngineEnd, Heartbeat};
 use crate::errors::ApiError;
+use crate::kv_events::zmq::{KvBindError, KvZmq};
 use crate::loading::{self, Loading};
 use crate::options::{LoadError, ServerOptions};
 use crate::routes::router;
@@ -34,6 +35,8 @@ pub enum ServeError {
     NoName,
     #[error(transparent)]
     ApiKey(#[from] UnusableKey),
+    #[error(transparent)]
+    KvEvents(#[from] KvBindError),
     #[error("cannot load the model: {0}")]
     Load(#[from] LoadError),
     #[error("the engine's settings do not fit together: {0}")]
@@ -52,6 +55,7 @@ pub struct Server {
     address: SocketAddr,
     options: ServerOptions,
     api_keys: ApiKeys,
+    kv_zmq: Option<KvZmq>,
 }
 
 impl Server {
@@ -68,7 +72,11 @@ impl Server {
             |source| ServeError::Bind { address: format!("{}:{}", options.host, options.port), source };
         let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Self { listener, address, options, api_keys })
+        let kv_zmq = match options.kv_zmq.clone() {
+            Some(zmq) => Some(KvZmq::bind(zmq, address, &options.served_model_names[0]).await?),
+            None => None,
+        };
+        Ok(Self { listener, address, options, api_keys, kv_zmq })
     }
 
     /// The address taken; tells the port where 0 was asked for.
@@ -84,7 +92,7 @@ impl Server {
     /// If the model cannot be loaded or its device is lost. Answers under way have ended with an error by
     /// then, and the process should end with a code other than 0.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServeError> {
-        let Self { listener, options, api_keys, .. } = self;
+        let Self { listener, options, api_keys, kv_zmq, .. } = self;
         let (clock, heartbeat) = (Clock::start(), Arc::new(Heartbeat::default()));
         let app = Arc::new(App::new(&options, api_keys, heartbeat, clock));
         let (drain_timeout, max_connections) = (options.drain_timeout, options.max_connections);
@@ -100,7 +108,7 @@ impl Server {
             },
         ));
         let outcome = tokio::select! {
-            outcome = live(&app, loading, shutdown, drain_timeout) => outcome,
+            outcome = live(&app, loading, kv_zmq, shutdown, drain_timeout) => outcome,
             Err(panicked) = &mut http => return Err(ServeError::Http(panicked)),
         };
         let _ = down.send(());
@@ -135,6 +143,7 @@ fn too_many_connections(app: Arc<App>, limit: usize) -> impl Fn() -> String + Se
 async fn live(
     app: &App,
     loading: Loading,
+    kv_zmq: Option<KvZmq>,
     shutdown: impl Future<Output = ()>,
     drain_timeout: Duration,
 ) -> Result<(), ServeError> {
@@ -142,7 +151,13 @@ async fn live(
     let Loading { loaded, mut ended } = loading;
     tokio::select! {
         loaded = loaded => match loaded {
-            Ok(Ok(model)) => app.loaded(model),
+            Ok(Ok(model)) => {
+                if let Some(kv_zmq) = kv_zmq {
+                    // Ends with the engine.
+                    tokio::spawn(kv_zmq.run(model.kv.clone(), model.engine.block_size));
+                }
+                app.loaded(model);
+            }
             Ok(Err(error)) => {
                 app.enter(Phase::Failed);
                 return Err(error);

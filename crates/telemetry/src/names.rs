@@ -178,6 +178,10 @@ pub mod router {
         LIMITS_REDIS_UNSETTLED = counter("router_limits_redis_unsettled_total",
             "Answers whose tokens could not be settled in Redis; what they had reserved stays taken.");
         IDEMPOTENT_ANSWERS = counter("router_idempotent_answers_total", "Requests that got the answer of an earlier one.");
+        KV_EVENT_BATCHES = counter("router_kv_event_batches_total", "Batches of KV events of a replica.");
+        KV_EVENT_GAPS = counter("router_kv_event_gaps_total", "Times that KV events of a replica were missed.");
+        KV_EVENT_RESYNCS = counter("router_kv_event_resyncs_total",
+            "Times that what a replica holds was learnt anew after a stream had been lost.");
         PROMPT_TOKENS = counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.");
         PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
             "Prompt tokens that the replicas were expected to hold, by the router's count.");
@@ -192,6 +196,8 @@ pub mod router {
         REPLICAS = gauge("router_replicas", "Replicas, by health.");
         REPLICA_IN_FLIGHT = gauge("router_replica_in_flight", "Requests in flight at a replica.");
         REPLICA_INDEX_BLOCKS = gauge("router_replica_index_blocks", "Blocks that a replica is believed to hold.");
+        KV_EVENTS_STATE = gauge("router_kv_events_state",
+            "Stream of a replica's KV events: 0 there is none, 1 connecting, 2 without its beginning, 3 precise.");
         BREAKER_STATE = gauge("router_breaker_state", "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.");
         IMBALANCE = gauge("router_imbalance", "Most requests in flight at a replica over the mean.");
 

@@ -1,4 +1,4 @@
-//! What two processes must agree on: OpenAI types, error envelope, SSE frames, state snapshot.
+//! What two processes must agree on: OpenAI types, error envelope, SSE frames, KV events, state snapshot.
 //!
 //! Requests are read field by field from JSON ([`Fields`]) and not by derived deserialisation: every
 //! complaint names the field, what it held and what it may hold, and a field that this server does not
@@ -9,6 +9,7 @@ pub mod common;
 pub mod completions;
 pub mod error;
 pub mod fields;
+pub mod kv_events;
 pub mod logprobs;
 pub mod message;
 pub mod models;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use crate::args::{LogFormat, OtlpProtocol};
@@ -18,6 +18,16 @@ Examples:
   curl http://127.0.0.1:8080/replicas       the replicas as the router sees them; also /decisions, /metrics
 
 Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
+
+/// See `--kv-events`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KvTransport {
+    Auto,
+    Http,
+    Zmq,
+    Off,
+}
 
 #[derive(Args)]
 pub struct RouteCommand {
@@ -85,6 +95,17 @@ typed! {
     /// File with the key that replicas ask for; sent in place of the client's [default: the client's passes].
     #[arg(long, value_name = "FILE", help_heading = "Replicas")]
     replica_key_file: PathBuf,
+
+    /// Where replicas tell what their prefix caches hold: http (servelab's GET /kv/events), zmq (vLLM's), auto (http,
+    /// else zmq if a port is given), off (guess it by what was sent where) [default: auto].
+    #[arg(long, value_name = "NAME", help_heading = "KV events")]
+    kv_events: KvTransport,
+    /// Port of every replica's publisher, on the host of its address [default: with zmq 5557, as vLLM's; with auto none].
+    #[arg(long, value_name = "PORT", help_heading = "KV events")]
+    kv_events_zmq_port: u16,
+    /// Port where it replays what was missed [default: none; after a gap all is forgotten].
+    #[arg(long, value_name = "PORT", help_heading = "KV events")]
+    kv_events_replay_port: u16,
 
     /// cost, round_robin, random, least_requests, power_of_two, peak_ewma, consistent_hash, session or
     /// longest_prefix [default: cost].

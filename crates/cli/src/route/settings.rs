@@ -6,6 +6,7 @@ use std::time::Duration;
 use servelab_router::choice::fleet::FleetOptions;
 use servelab_router::choice::policy::{Policy, UnknownPolicy};
 use servelab_router::choice::rates::Pace;
+use servelab_router::events::{KvEventsOptions, Transport};
 use servelab_router::limits::KeyLimits;
 use servelab_router::limits::redis::{Away, BadRedisAddress, RedisAddress, RedisOptions, UnknownAway};
 use servelab_router::metrics::{MetricsError, RouterMetrics};
@@ -18,7 +19,7 @@ use servelab_router::{
 };
 use servelab_telemetry::{LogError, LogFormat, Secret, Traces};
 
-use super::args::TypedRoute;
+use super::args::{KvTransport, TypedRoute};
 use crate::open_files;
 use crate::secrets::{self, SecretError};
 use crate::settings::SettingsError;
@@ -59,6 +60,10 @@ pub enum RouteSettingsError {
     Range { name: &'static str, value: String, rule: &'static str },
     #[error("--health-path {0:?} is no path; it begins with a slash, as /health")]
     HealthPath(String),
+    #[error(
+        "--{0} is for ZeroMQ, which is not used; add --kv-events zmq or --kv-events-zmq-port, or leave it out"
+    )]
+    NoZmq(&'static str),
     #[error(transparent)]
     Secret(#[from] SecretError),
     #[error(transparent)]
@@ -110,6 +115,7 @@ impl RouteSettings {
                 prior: Pace::default(),
             },
             probe: probe(&typed)?,
+            kv_events: kv_events(&typed)?,
             timeouts: timeouts(&typed)?,
             hold: HoldOptions {
                 max_requests: typed.max_held.unwrap_or(1000),
@@ -220,6 +226,32 @@ fn probe(typed: &TypedRoute) -> Result<ProbeOptions, RouteSettingsError> {
         lost: usual.lost,
         metrics_prefixes: usual.metrics_prefixes,
     })
+}
+
+fn kv_events(typed: &TypedRoute) -> Result<KvEventsOptions, RouteSettingsError> {
+    let transport = match typed.kv_events {
+        None | Some(KvTransport::Auto) => Transport::Auto,
+        Some(KvTransport::Http) => Transport::Http,
+        Some(KvTransport::Zmq) => Transport::Zmq,
+        Some(KvTransport::Off) => Transport::Off,
+    };
+    let (zmq_port, replay_port) = (typed.kv_events_zmq_port, typed.kv_events_replay_port);
+    for (name, port) in [("kv-events-zmq-port", zmq_port), ("kv-events-replay-port", replay_port)] {
+        if port == Some(0) {
+            return Err(RouteSettingsError::Range {
+                name,
+                value: "0".into(),
+                rule: "it must be from 1 to 65535",
+            });
+        }
+        if port.is_some() && matches!(transport, Transport::Http | Transport::Off) {
+            return Err(RouteSettingsError::NoZmq(name));
+        }
+    }
+    if replay_port.is_some() && zmq_port.is_none() && transport == Transport::Auto {
+        return Err(RouteSettingsError::NoZmq("kv-events-replay-port"));
+    }
+    Ok(KvEventsOptions { transport, zmq_port, replay_port })
 }
 
 fn timeouts(typed: &TypedRoute) -> Result<Timeouts, RouteSettingsError> {
@@ -347,7 +379,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_named() {
         type Change = fn(&mut TypedRoute);
-        let cases: [(Change, &str); 19] = [
+        let cases: [(Change, &str); 20] = [
             (|typed| typed.replica = None, "no replica is named"),
             (|typed| typed.replica = Some(vec!["a".into()]), "--replica \"a\" is no address"),
             (|typed| typed.replicas_dns = Some(vec!["a:b".into()]), "is no NAME:PORT"),
@@ -392,6 +424,8 @@ mod tests {
             (|typed| typed.hedge = Some(2.0), "--hedge is 2"),
             (|typed| typed.max_in_flight = Some(0), "--max-in-flight is 0"),
             (|typed| typed.metrics_prefix = Some("9".into()), "--metrics-prefix \"9\""),
+            (|typed| typed.kv_events_replay_port = Some(5558), "--kv-events-replay-port is for ZeroMQ"),
+            (|typed| typed.kv_events_zmq_port = Some(0), "--kv-events-zmq-port is 0"),
         ];
         for (change, part) in cases {
             let error = settings(change).err().unwrap().to_string();

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::{
-    AdmissionError, Engine, EngineConfig, Event, FakeRunner, FinishReason, Request, RequestId,
-    SamplingParams, StepReport, StepTrace, StopConditions, TokenId, TokenLogprobs,
+    AdmissionError, BlockHash, Engine, EngineConfig, Event, FakeRunner, FinishReason, KvEvent, Request,
+    RequestId, SamplingParams, StepReport, StepTrace, StopConditions, StoredBlock, TokenId, TokenLogprobs,
 };
 
 pub const VOCAB: u32 = 50;
@@ -93,6 +93,33 @@ pub struct Checked {
     pub outcomes: BTreeMap<RequestId, Outcome>,
     pub steps: u64,
     pub trace: Vec<StepTrace>,
+    pub replayed: Replayed,
+}
+
+/// The prefix cache as somebody sees it who only hears of its changes.
+#[derive(Default)]
+pub struct Replayed(pub BTreeMap<BlockHash, StoredBlock>);
+
+impl Replayed {
+    pub fn apply(&mut self, events: Vec<KvEvent>) {
+        for event in events {
+            match event {
+                KvEvent::Stored(block) => {
+                    let before = self.0.insert(block.hash, block);
+                    assert_eq!(before, None, "a block was stored twice");
+                }
+                KvEvent::Removed(hash) => {
+                    assert!(self.0.remove(&hash).is_some(), "{hash:?} was removed and is not there");
+                }
+                KvEvent::Cleared => self.0.clear(),
+            }
+        }
+    }
+
+    pub fn check(&self, blocks: Vec<StoredBlock>) {
+        let there: BTreeMap<_, _> = blocks.into_iter().map(|block| (block.hash, block)).collect();
+        assert_eq!(self.0, there, "the replayed events and the cache differ");
+    }
 }
 
 impl Checked {
@@ -103,12 +130,15 @@ impl Checked {
     /// With a runner that takes so many steps at once.
     pub fn taking(steps_at_once: usize, config: EngineConfig) -> Self {
         let runner = FakeRunner::new(config.num_blocks, config.block_size, VOCAB).taking(steps_at_once);
+        let mut engine = Engine::new(config, runner).unwrap();
+        engine.listen_to_kv(true);
         Self {
-            engine: Engine::new(config, runner).unwrap(),
+            engine,
             requests: BTreeMap::new(),
             outcomes: BTreeMap::new(),
             steps: 0,
             trace: Vec::new(),
+            replayed: Replayed::default(),
         }
     }
 
@@ -135,6 +165,8 @@ impl Checked {
         let report = self.engine.step(Duration::from_millis(self.steps));
         self.trace.push(self.engine.trace());
         self.check();
+        self.replayed.apply(self.engine.take_kv_events());
+        self.replayed.check(self.engine.kv_blocks());
         let computed = report.prefill_tokens + report.decode_tokens;
         assert!(computed <= self.engine.config().max_batched_tokens);
         assert_eq!(report.sequences > 0, self.engine.runner().steps() > ran, "a step without work");

@@ -3,9 +3,10 @@
 
 use proptest::prelude::*;
 
-use crate::TokenId;
+use super::harness::Replayed;
 use crate::block_hash::{BlockHash, HashChain};
 use crate::block_pool::{BlockId, BlockPool, Link};
+use crate::{KvEvent, StoredBlock, TokenId};
 
 const BLOCKS: u32 = 6;
 const BLOCK_SIZE: usize = 2;
@@ -206,6 +207,42 @@ proptest! {
             compare(&pool, &naive);
         }
     }
+
+    /// However seldom the changes are taken, replaying them gives what is there, and they stay few.
+    #[test]
+    fn the_changes_replayed_are_what_is_there(operations in operations(), seldom in 1..100usize) {
+        let mut pool = BlockPool::new(BLOCKS, BLOCK_SIZE);
+        let (mut naive, mut replayed) = (Naive::new(), Replayed::default());
+        pool.listen(true);
+        for operations in operations.chunks(seldom) {
+            operations.iter().for_each(|operation| operate(&mut pool, &mut naive, operation));
+            let changes = pool.take_changes();
+            prop_assert!(changes.len() <= 2 * BLOCKS as usize + 1);
+            replayed.apply(changes);
+            replayed.check(pool.stored_blocks());
+        }
+        pool.listen(false);
+        operations.iter().for_each(|operation| operate(&mut pool, &mut naive, operation));
+        prop_assert!(pool.take_changes().is_empty());
+    }
+}
+
+#[test]
+fn a_change_tells_all_that_a_listener_needs_to_build_the_chain_anew() {
+    let mut pool = BlockPool::new(2, BLOCK_SIZE);
+    pool.listen(true);
+    cache(&mut pool, &[1, 2, 3, 4]);
+    let mut chain = HashChain::new(BLOCK_SIZE, 0);
+    let hashes = [0, 1].map(|index| chain.get(index, &[1, 2, 3, 4]).unwrap());
+    let stored = |at: usize, parent, tokens: [TokenId; BLOCK_SIZE]| {
+        KvEvent::Stored(StoredBlock { hash: hashes[at], parent, salt: 0, tokens: tokens.into() })
+    };
+    assert_eq!(pool.take_changes(), [stored(0, None, [1, 2]), stored(1, Some(hashes[0]), [3, 4])]);
+    pool.allocate().unwrap();
+    assert_eq!(pool.take_changes(), [KvEvent::Removed(hashes[1])]);
+    assert_eq!(pool.stored_blocks().len(), 1);
+    pool.forget_all();
+    assert_eq!(pool.take_changes(), [KvEvent::Cleared]);
 }
 
 /// Computes and publishes `tokens` as one sequence would, and gives the blocks back.

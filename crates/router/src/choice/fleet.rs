@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use servelab_engine::BlockHash;
 
+use super::expected::Expected;
 use super::index::{Matches, PrefixIndex};
 use super::latency::PeakEwma;
 use super::load::{Dispatch, Load, Report, Work};
@@ -36,12 +37,27 @@ pub struct Prompt {
     pub tokens: u32,
     /// Hashes of its full blocks; empty if it was not read.
     pub chain: Vec<BlockHash>,
+    /// The chain is over the tokens that a replica caches, and not a guess at them.
+    pub is_exact: bool,
     /// A hash of the session's name, if the request has one.
     pub session: Option<u64>,
     /// Answers that are generated.
     pub sequences: u32,
     /// Tokens that each answer is likely to have.
     pub output_tokens: u32,
+}
+
+/// How the router knows what a replica holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Knowledge {
+    /// By what was sent there.
+    #[default]
+    Guessed,
+    /// The replica tells what changes, and what was before is guessed.
+    Partial,
+    /// The replica tells everything. What is sent there is expected until the replica confirms it, if the prompt's
+    /// chain is exact; a chain that is a guess is noted as if the replica said nothing, under hashes of its own.
+    Precise,
 }
 
 /// A replica.
@@ -52,6 +68,9 @@ struct Member {
     load: Arc<Load>,
     rates: Rates,
     latency: PeakEwma,
+    knowledge: Knowledge,
+    /// Of its cache, in blocks.
+    capacity: u32,
 }
 
 /// The replicas and the picker over them.
@@ -63,6 +82,9 @@ pub struct Fleet {
     present: ReplicaSet,
     block_size: u32,
     prior: Pace,
+    expected: Expected,
+    /// Of the last decision.
+    now: Duration,
     /// Kept between lookups.
     matches: Matches,
 }
@@ -79,6 +101,8 @@ impl Fleet {
             present: ReplicaSet::EMPTY,
             block_size: options.block_size,
             prior: options.prior,
+            expected: Expected::default(),
+            now: Duration::ZERO,
             matches: Matches::default(),
         }
     }
@@ -104,7 +128,8 @@ impl Fleet {
         let place = self.members.iter().position(Option::is_none)?;
         let replica = ReplicaId(place as u8);
         let (rates, latency) = (Rates::default(), PeakEwma::default());
-        self.members[place] = Some(Member { key, load: Arc::default(), rates, latency });
+        let (knowledge, capacity) = (Knowledge::default(), UNKNOWN_LIMIT);
+        self.members[place] = Some(Member { key, load: Arc::default(), rates, latency, knowledge, capacity });
         self.present.insert(replica);
         self.index.add(replica, UNKNOWN_LIMIT);
         Some(replica)
@@ -115,29 +140,56 @@ impl Fleet {
         self.members[usize::from(replica.0)] = None;
         self.present.remove(replica);
         self.index.remove(replica);
+        self.expected.clear(replica);
     }
 
     /// The replica has told how many tokens its KV cache holds.
     pub fn set_capacity(&mut self, replica: ReplicaId, tokens: u64) {
-        let Some(member) = self.member(replica) else { return };
-        member.load.set_capacity(tokens);
         let blocks = tokens / u64::from(self.block_size.max(1));
-        self.index.add(replica, u32::try_from(blocks).unwrap_or(UNKNOWN_LIMIT));
+        let Some(member) = self.member_mut(replica) else { return };
+        member.load.set_capacity(tokens);
+        member.capacity = u32::try_from(blocks).unwrap_or(UNKNOWN_LIMIT);
+        self.set_limit(replica);
+    }
+
+    /// How the router knows from now on what the replica holds.
+    pub fn set_knowledge(&mut self, replica: ReplicaId, knowledge: Knowledge) {
+        if let Some(member) = self.member_mut(replica) {
+            member.knowledge = knowledge;
+            self.set_limit(replica);
+        }
+    }
+
+    pub fn knowledge(&self, replica: ReplicaId) -> Knowledge {
+        self.member(replica).map_or_else(Knowledge::default, |member| member.knowledge)
+    }
+
+    /// What is guessed takes no room from what the replica says.
+    fn set_limit(&mut self, replica: ReplicaId) {
+        let Some(member) = self.member(replica) else { return };
+        let limit = match member.knowledge {
+            Knowledge::Guessed => member.capacity,
+            Knowledge::Partial | Knowledge::Precise => member.capacity.saturating_mul(2),
+        };
+        self.index.add(replica, limit);
     }
 
     /// The replica's cache is empty: it was reset, or the replica was started anew.
     pub fn clear(&mut self, replica: ReplicaId) {
         self.index.clear(replica);
+        self.expected.clear(replica);
     }
 
     /// The replica says that it stored a block.
     pub fn stored(&mut self, replica: ReplicaId, block: BlockHash) {
         self.index.store(replica, block);
+        self.expected.settled(replica, block);
     }
 
     /// The replica says that it removed a block.
     pub fn removed(&mut self, replica: ReplicaId, block: BlockHash) {
         self.index.forget(replica, block);
+        self.expected.settled(replica, block);
     }
 
     /// What the replica says of its load; `None` once its last word is too old.
@@ -174,6 +226,10 @@ impl Fleet {
 
     /// Chooses among the eligible replicas by what the fleet knows. `None` if none is eligible.
     pub fn decide(&mut self, now: Duration, prompt: &Prompt, eligible: &ReplicaSet) -> Option<Decision> {
+        self.now = now;
+        while let Some((replica, block)) = self.expected.overdue(now) {
+            self.index.forget(replica, block);
+        }
         let mut matches = std::mem::take(&mut self.matches);
         self.index.matches(&prompt.chain, &mut matches);
         let decision = self.decide_with(now, prompt, eligible, &matches);
@@ -214,7 +270,11 @@ impl Fleet {
     /// hold its prompt. `None` if the replica is gone.
     pub fn dispatch(&mut self, replica: ReplicaId, prompt: &Prompt, matched_tokens: u32) -> Option<Dispatch> {
         let load = self.load(replica)?.clone();
-        self.index.touch(replica, &prompt.chain);
+        if self.knowledge(replica) == Knowledge::Precise && prompt.is_exact {
+            self.expect(replica, &prompt.chain);
+        } else {
+            self.index.touch(replica, &prompt.chain);
+        }
         let sequences = prompt.sequences.max(1);
         let answers = u64::from(prompt.output_tokens / 2) * u64::from(sequences);
         Some(load.dispatch(Work {
@@ -223,6 +283,18 @@ impl Fleet {
             prompt_tokens: prompt.tokens.into(),
             context_tokens: u64::from(prompt.tokens) + answers,
         }))
+    }
+
+    /// As [`PrefixIndex::touch`], and what the replica was not known to hold is only expected.
+    fn expect(&mut self, replica: ReplicaId, chain: &[BlockHash]) {
+        for block in chain.iter().rev() {
+            if !self.index.holds(replica, *block)
+                && let Some((of, given_up)) = self.expected.add(self.now, replica, *block)
+            {
+                self.index.forget(of, given_up);
+            }
+            self.index.store(replica, *block);
+        }
     }
 
     fn mean_pace(&self) -> Pace {
@@ -254,7 +326,8 @@ mod tests {
 
     fn prompt(first: u32, tokens: u32) -> Prompt {
         let ids: Vec<u32> = (first..first + tokens).collect();
-        Prompt { tokens, chain: hash_blocks(&ids, 16, 0), sequences: 1, output_tokens: 100, session: None }
+        let chain = hash_blocks(&ids, 16, 0);
+        Prompt { tokens, chain, is_exact: true, sequences: 1, output_tokens: 100, session: None }
     }
 
     fn send(fleet: &mut Fleet, prompt: &Prompt, eligible: &ReplicaSet) -> (Decision, Dispatch) {
@@ -316,6 +389,34 @@ mod tests {
         assert_eq!(fleet.index().blocks(replica), 100);
         fleet.clear(replica);
         assert!(fleet.index().is_empty());
+    }
+
+    #[test]
+    fn what_a_replica_tells_counts_and_what_it_does_not_confirm_is_given_up() {
+        let (mut fleet, all) = fleet(Policy::Cost, 2);
+        let replica = all.iter().next().unwrap();
+        all.iter().for_each(|replica| fleet.set_knowledge(replica, Knowledge::Precise));
+        let (told, sent) = (prompt(0, 64), prompt(50_000, 64));
+        told.chain.iter().for_each(|block| fleet.stored(replica, *block));
+        let matched = |fleet: &mut Fleet, now, prompt: &Prompt| {
+            let table = fleet.decide(now, prompt, &all).unwrap().table;
+            table.iter().map(|terms| terms.matched_tokens).sum::<u32>()
+        };
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &told), 64);
+        drop(fleet.dispatch(replica, &sent, 0));
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &sent), 64, "it is expected");
+        fleet.stored(replica, sent.chain[0]);
+        assert_eq!(
+            matched(&mut fleet, crate::choice::expected::PATIENCE, &sent),
+            16,
+            "one block was confirmed"
+        );
+        fleet.removed(replica, told.chain[3]);
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &told), 48, "one was evicted");
+
+        let guess = Prompt { is_exact: false, ..prompt(90_000, 64) };
+        drop(fleet.dispatch(replica, &guess, 0));
+        assert_eq!(matched(&mut fleet, 10 * crate::choice::expected::PATIENCE, &guess), 64);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! [`picker`] chooses by a [`policy`], by default by the [`cost`] in seconds. [`fleet`] puts them together.
 
 pub mod cost;
+pub mod expected;
 pub mod fleet;
 pub mod index;
 pub mod latency;

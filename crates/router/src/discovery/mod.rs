@@ -9,9 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use http::HeaderValue;
 use tokio_util::sync::CancellationToken;
 
 use self::kubernetes::{KubernetesError, Watched};
+use crate::events::{self, KvEventsOptions};
 use crate::options::{Dns, Source};
 use crate::replicas::address::Address;
 use crate::replicas::client::Client;
@@ -26,12 +28,22 @@ pub struct Members {
     registry: Arc<Registry>,
     client: Client,
     probe: Arc<ProbeOptions>,
+    kv_events: Arc<KvEventsOptions>,
+    /// For replicas that ask for one.
+    key: Option<HeaderValue>,
     listed: Mutex<BTreeMap<usize, BTreeSet<Address>>>,
 }
 
 impl Members {
-    pub fn new(registry: Arc<Registry>, client: Client, probe: ProbeOptions) -> Self {
-        Self { registry, client, probe: Arc::new(probe), listed: Mutex::default() }
+    pub fn new(
+        registry: Arc<Registry>,
+        client: Client,
+        probe: ProbeOptions,
+        kv_events: KvEventsOptions,
+        key: Option<HeaderValue>,
+    ) -> Self {
+        let (probe, kv_events) = (Arc::new(probe), Arc::new(kv_events));
+        Self { registry, client, probe, kv_events, key, listed: Mutex::default() }
     }
 
     /// The source `number` lists these now, and no others.
@@ -70,10 +82,18 @@ impl Members {
         self.registry.remove(address)
     }
 
-    /// Takes it into the registry and asks it from now on how it is.
+    /// Takes it into the registry, asks it from now on how it is and hears what it holds.
     fn join(&self, address: &Address) -> Result<bool, TooMany> {
         let Some(replica) = self.registry.add(address)? else { return Ok(false) };
-        tokio::spawn(probe::watch(self.registry.clone(), replica, self.client.clone(), self.probe.clone()));
+        let (registry, client) = (self.registry.clone(), self.client.clone());
+        tokio::spawn(events::follow(
+            registry.clone(),
+            replica.clone(),
+            client.clone(),
+            self.kv_events.clone(),
+            self.key.clone(),
+        ));
+        tokio::spawn(probe::watch(registry, replica, client, self.probe.clone()));
         Ok(true)
     }
 }
@@ -144,7 +164,16 @@ mod tests {
             prior: Pace::default(),
         }));
         let client = client(Duration::from_millis(100));
-        (Arc::new(Members::new(registry.clone(), client, ProbeOptions::default())), registry)
+        (
+            Arc::new(Members::new(
+                registry.clone(),
+                client,
+                ProbeOptions::default(),
+                KvEventsOptions::default(),
+                None,
+            )),
+            registry,
+        )
     }
 
     fn set(ports: &[u16]) -> BTreeSet<Address> {

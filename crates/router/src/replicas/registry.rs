@@ -1,6 +1,7 @@
 //! The list of replicas: who is there, who may get a request, and what became of those that did.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,12 @@ use tokio_util::sync::CancellationToken;
 use super::address::Address;
 use super::breaker::{Breaker, BreakerState};
 use super::exposition::Exposition;
-use crate::choice::fleet::{Fleet, FleetOptions, Prompt};
+use crate::choice::fleet::{Fleet, FleetOptions, Knowledge, Prompt};
 use crate::choice::load::Dispatch;
 use crate::choice::picker::Decision;
 use crate::choice::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
+use crate::events::mirror::Change;
+use crate::events::{StreamState, StreamStats};
 
 /// Whether a replica may get requests, by its own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,8 @@ pub struct Replica {
     pub removed: CancellationToken,
     /// True while it answers nothing at all, not even whether it is well.
     lost: watch::Sender<bool>,
+    /// Its stream of KV events.
+    pub kv: StreamStats,
     state: Mutex<State>,
 }
 
@@ -109,6 +114,11 @@ pub struct ReplicaView {
     pub prefill_tokens_per_second: f64,
     pub step_seconds: f64,
     pub index_blocks: u32,
+    /// How its KV events stand.
+    pub kv_events: StreamState,
+    pub kv_batches: u64,
+    pub kv_gaps: u64,
+    pub kv_resyncs: u64,
 }
 
 /// All replicas. Every method is short and never waits for the network.
@@ -160,6 +170,7 @@ impl Registry {
             name: address.to_string().into(),
             removed: CancellationToken::new(),
             lost: watch::Sender::new(false),
+            kv: StreamStats::default(),
             state: Mutex::new(state),
         });
         inner.replicas.insert(id, replica.clone());
@@ -262,11 +273,41 @@ impl Registry {
                 &mut lock(&replica.state).process_start_seconds,
                 exposition.process_start_seconds,
             );
-            if before.is_some() && before != exposition.process_start_seconds {
+            // A replica that tells what it holds tells that too.
+            let guessed = inner.fleet.knowledge(replica.id) == Knowledge::Guessed;
+            if guessed && before.is_some() && before != exposition.process_start_seconds {
                 tracing::info!(replica = %replica.address, "it was started anew; its cache is empty");
                 inner.fleet.clear(replica.id);
             }
         }
+    }
+
+    /// What the replica says that it holds.
+    pub fn apply_kv(&self, replica: &Arc<Replica>, changes: &[Change]) {
+        let mut inner = lock(&self.inner);
+        if !inner.is_current(replica) {
+            return;
+        }
+        for change in changes {
+            match change {
+                Change::Stored(block) => inner.fleet.stored(replica.id, *block),
+                Change::Removed(block) => inner.fleet.removed(replica.id, *block),
+                Change::Cleared => inner.fleet.clear(replica.id),
+            }
+        }
+    }
+
+    /// How it is known from now on what the replica holds.
+    pub fn set_knowledge(&self, replica: &Arc<Replica>, knowledge: Knowledge) {
+        let mut inner = lock(&self.inner);
+        if inner.is_current(replica) {
+            inner.fleet.set_knowledge(replica.id, knowledge);
+        }
+    }
+
+    /// Tokens per block of the chains that requests bring.
+    pub fn block_size(&self) -> u32 {
+        lock(&self.inner).fleet.block_size()
     }
 
     /// A request got the first byte of its answer after that time.
@@ -300,6 +341,10 @@ impl Registry {
                 prefill_tokens_per_second: pace.prefill_tokens_per_second,
                 step_seconds: pace.step_seconds,
                 index_blocks: inner.fleet.index().blocks(replica.id),
+                kv_events: replica.kv.state(),
+                kv_batches: replica.kv.batches.load(Ordering::Relaxed),
+                kv_gaps: replica.kv.gaps.load(Ordering::Relaxed),
+                kv_resyncs: replica.kv.resyncs.load(Ordering::Relaxed),
             })
         };
         inner.replicas.values().filter_map(view).collect()

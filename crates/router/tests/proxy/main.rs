@@ -24,6 +24,8 @@ mod hold;
 mod hostile;
 /// What other routers are known to do wrong.
 mod known_faults;
+/// What replicas say that they hold.
+mod kv_events;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
 /// Limits that routers share in Redis.

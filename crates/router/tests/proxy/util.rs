@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use servelab_router::choice::fleet::FleetOptions;
 use servelab_router::choice::policy::Policy;
 use servelab_router::choice::rates::Pace;
+use servelab_router::events::{KvEventsOptions, Transport};
 use servelab_router::limits::KeyLimits;
 use servelab_router::metrics::RouterMetrics;
 use servelab_router::prompt::BLOCK_SIZE;
@@ -267,6 +268,7 @@ pub fn options_to(addresses: &[SocketAddr]) -> RouterOptions {
             block_size: BLOCK_SIZE,
             prior: Pace::default(),
         },
+        kv_events: KvEventsOptions { transport: Transport::Off, ..KvEventsOptions::default() },
         probe: ProbeOptions { interval: Duration::from_millis(50), ..ProbeOptions::default() },
         timeouts: Timeouts { connect: Duration::from_secs(5), ..Timeouts::default() },
         hold: HoldOptions { max_requests: 100, timeout: PATIENCE },

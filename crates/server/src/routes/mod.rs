@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod health;
+mod kv_events;
 mod models;
 mod operate;
 mod tokenize;
@@ -32,6 +33,7 @@ pub const ROUTES: &[&str] = &[
     "/tokenize",
     "/detokenize",
     "/reset_prefix_cache",
+    "/kv/events",
     "/live",
     "/ready",
     "/health",
@@ -52,6 +54,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/detokenize", post(tokenize::detokenize))
         .route("/reset_prefix_cache", post(operate::reset_prefix_cache))
         .route("/state", get(operate::state))
+        .route("/kv/events", get(kv_events::stream))
         .route_layer(middleware::from_fn_with_state(app.clone(), check_key));
     Router::new()
         .route("/live", get(health::live))

@@ -75,7 +75,10 @@ pub async fn state(State(app): State<Arc<App>>) -> Result<Json<StateSnapshot>, A
 }
 
 /// Sends a question to the engine and waits for the answer, which comes between two steps.
-async fn ask<T>(model: &Model, question: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, ApiError> {
+pub async fn ask<T>(
+    model: &Model,
+    question: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> Result<T, ApiError> {
     let (sender, receiver) = oneshot::channel();
     model.commands.send(question(sender)).await.map_err(|_| ApiError::Down)?;
     receiver.await.map_err(|_| ApiError::Down)

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use servelab_engine::{
     EngineConfig, ModelRunner, RowOutput, RunnerError, Step, StepOutput, TokenLogprobs, Want,
 };
+use servelab_server::kv_events::zmq::KvZmqOptions;
 use servelab_server::{LoadTimes, LoadedModel, SamplingDefaults, ServeError, Server, ServerOptions};
 use servelab_telemetry::{BuildInfo, Metrics, MetricsConfig, Secret};
 use servelab_text::{ChatTemplate, Tokenizer};
@@ -162,6 +163,7 @@ pub struct Setup {
     pub defaults: SamplingDefaults,
     pub device: DeviceState,
     pub template: Option<&'static str>,
+    pub kv_zmq: Option<KvZmqOptions>,
     pub script: Vec<u32>,
     pub step_time: Duration,
     /// The loader waits for it.
@@ -190,6 +192,7 @@ impl Default for Setup {
             defaults: SamplingDefaults { temperature: Some(0.0), ..SamplingDefaults::default() },
             device: DeviceState { kind: "cpu".into(), name: "cpu".into(), ..DeviceState::default() },
             template: Some(TEMPLATE),
+            kv_zmq: None,
             script: text_tokens("Hello wörld. "),
             step_time: Duration::ZERO,
             load_after: None,
@@ -276,6 +279,13 @@ impl Replica {
         Self { address, control, metrics, client, stop: Some(stop), task }
     }
 
+    /// Why a replica with these settings does not start.
+    pub async fn refused(change: impl FnOnce(&mut Setup)) -> String {
+        let mut setup = Setup::default();
+        change(&mut setup);
+        Server::bind(options(setup, Control::default(), metrics())).await.err().unwrap().to_string()
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
@@ -348,6 +358,7 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
     let (drain_timeout, stall_timeout) = (setup.drain_timeout, setup.stall_timeout);
     let api_keys = setup.api_keys.clone();
     ServerOptions {
+        kv_zmq: setup.kv_zmq,
         host: "127.0.0.1".into(),
         port: 0,
         served_model_names: vec!["bytes".into(), "org/bytes".into()],

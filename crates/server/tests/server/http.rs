@@ -173,6 +173,7 @@ async fn an_unusable_key_stops_the_start() {
         drain_timeout: std::time::Duration::ZERO,
         stall_timeout: std::time::Duration::ZERO,
         seed: 0,
+        kv_zmq: None,
         metrics,
         traces: servelab_telemetry::Traces::off(),
         load: Box::new(|| Err(servelab_server::LoadError("not reached".into()))),

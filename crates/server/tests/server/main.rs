@@ -6,6 +6,7 @@
 //! - `streams`: transcripts of server-sent events
 //! - `http`: bodies, headers, routes, keys
 //! - `clients`: those that go away, those that do not read, those that are too many
+//! - `kv_events`: what the prefix cache gains and loses, over HTTP and ZeroMQ
 //! - `life`: loading, draining, failing
 //! - `fuzz`: mutated bodies
 
@@ -17,5 +18,6 @@ mod fields;
 mod fuzz;
 mod harness;
 mod http;
+mod kv_events;
 mod life;
 mod streams;
