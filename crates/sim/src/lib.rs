@@ -39,7 +39,7 @@ pub mod whiteboard;
 
 pub use assumptions::Assumptions;
 pub use calibration::{Calibration, CalibrationError};
-pub use cost::CostModel;
+pub use cost::{CostModel, StepSums};
 pub use device::{DeviceOptions, SimulatedDevice};
 pub use device_answers::Answers;
 pub use device_clock::{Pace, VirtualClock};
