@@ -21,6 +21,10 @@ pub const EXAMPLES: &str = "\
 Examples:
   servelab sim --replicas 4 --rate 20 --workload azure-chat
   servelab sim --replicas 8 --rate 10 --shape spike --peak 10 --workload azure-chat --out spike.html
+  servelab sim --scaler queue --scaler ttft --scaler gpu-utilisation --rate 8 --shape spike --workload azure-chat \\
+      --duration 1h --out scalers.html
+  servelab sim --scaler deploy/keda/queue-depth.yaml --served-model-name demo --rate 20 --shape spike
+  servelab sim --scaler from-zero --rate 10 --shape from-zero --workload azure-chat --duration 30m
   servelab sim --model llama-3.1-70b --tp 4 --replicas 8 --users 1000 --think-time 30s --workload azure-chat
   servelab sim --replicas 4 --rate 20 --crashes-per-hour 6 --policy least_requests
   servelab sim calibrate run --hardware h100 --out my-h100.toml

@@ -33,11 +33,9 @@ impl Run {
     /// Asks the autoscaler, and does what it says.
     pub(crate) fn scale(&mut self) {
         let before = self.scaler.wanted();
-        let reason = self.scaler.tick(self.now, &self.prometheus, &self.pods);
+        let said = self.scaler.tick(self.now, &self.prometheus, &self.pods);
         let wanted = self.scaler.wanted();
-        if let Some(reason) = reason {
-            self.log(reason);
-        }
+        said.into_iter().for_each(|text| self.log(text));
         if wanted != before {
             let direction = if wanted > before { 1 } else { -1 };
             self.tally.scalings += 1;
@@ -45,7 +43,7 @@ impl Run {
             self.tally.last_direction = direction;
         }
         self.reconcile(wanted);
-        if let Some(next) = self.scaler.next_wake(self.now) {
+        if let Some(next) = self.scaler.next_wake() {
             self.push(next.max(self.now + Duration::from_millis(1)), Event::Scale);
         }
     }

@@ -53,8 +53,11 @@ pub struct Pod {
     pub unheard: Vec<Note>,
     /// When its next step ends, as the queue of events knows it.
     pub scheduled: Option<Duration>,
-    /// Time at work when it was last looked at, to tell how busy it was since.
+    /// Time at work when it was last looked at, for a row and by Prometheus, to tell how busy it was since.
     pub busy_nanos_seen: u64,
+    pub busy_nanos_scraped: u64,
+    /// Share of the time before the last scrape in which it computed.
+    pub busy: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +143,8 @@ impl Pods {
             unheard: Vec::new(),
             scheduled: None,
             busy_nanos_seen: 0,
+            busy_nanos_scraped: 0,
+            busy: 0.0,
         });
         self.alive.push(id);
         id
@@ -221,7 +226,8 @@ impl Pods {
         pod.ready_at = None;
         pod.replica = None;
         pod.unheard.clear();
-        (pod.is_cut_off, pod.scheduled, pod.busy_nanos_seen) = (false, None, 0);
+        (pod.is_cut_off, pod.scheduled) = (false, None);
+        (pod.busy_nanos_seen, pod.busy_nanos_scraped, pod.busy) = (0, 0, 0.0);
     }
 
     /// Who goes first.

@@ -186,7 +186,7 @@ impl Run {
         self.push(self.settings.router.probe_interval, Event::RouterScrape);
         self.push(Duration::ZERO, Event::Scrape);
         self.push(Duration::ZERO, Event::Row);
-        if let Some(first) = self.scaler.next_wake(Duration::ZERO) {
+        if let Some(first) = self.scaler.next_wake() {
             self.push(first, Event::Scale);
         }
         self.next_crash();

@@ -13,9 +13,12 @@
 //! - [`device_pool`]: how much the device's memory holds
 //! - [`replay`]: a load over the engine in virtual time
 //!
+//! And what decides how many replicas there are: [`autoscale`], KEDA and the Horizontal Pod Autoscaler.
+//!
 //! All but the device's clock is pure: no time, no randomness, no files.
 
 pub mod assumptions;
+pub mod autoscale;
 pub mod calibration;
 pub mod cost;
 pub mod device;

@@ -3,13 +3,14 @@
 pub mod args;
 mod settings;
 
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use servelab_bench::report::number;
 use servelab_fleet::page::{self, Heading};
-use servelab_fleet::{Outcome, Scaler, SettingsError, simulate, text};
+use servelab_fleet::{Outcome, Scaler, SettingsError, scaler, simulate, text};
+use servelab_sim::autoscale::{Manifest, ManifestError};
 
 use args::FleetArgs;
 use settings::{Bounds, Prepared, UsageError};
@@ -21,6 +22,14 @@ pub enum Error {
     Usage(#[from] UsageError),
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    #[error(
+        "--scaler: there is no file {name:?}, and no scaler of that name comes with the program: {known}"
+    )]
+    Scaler { name: String, known: String },
+    #[error("--scaler: cannot read {}: {source}", path.display())]
+    ReadManifest { path: PathBuf, source: std::io::Error },
+    #[error("--scaler {name}: {source}")]
+    Manifest { name: String, source: Box<ManifestError> },
     #[error("cannot write {}: {source}", path.display())]
     WritePage { path: PathBuf, source: std::io::Error },
     #[error("cannot make the page: {0}")]
@@ -32,7 +41,7 @@ pub enum Error {
 impl Error {
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Usage(_) | Self::Settings(_))
+        !matches!(self, Self::WritePage { .. } | Self::Page(_) | Self::Write(_))
     }
 }
 
@@ -41,10 +50,20 @@ impl Error {
 /// # Errors
 /// If a setting cannot be, or something cannot be written.
 pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
-    let replicas = args.scaling.replicas.unwrap_or(1);
-    let prepared = args.prepare(Bounds { initial: replicas, most: replicas })?;
+    let manifests = args.scaling.scaler.iter().map(|name| manifest(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut prepared = args.prepare(bounds(args, None))?;
     let started = Instant::now();
-    let outcomes = vec![simulate(prepared.settings.clone(), Scaler::fixed(replicas))?];
+    let mut outcomes = Vec::new();
+    for (name, manifest) in manifests {
+        let bounds = bounds(args, Some(&manifest));
+        prepared = args.prepare(bounds)?;
+        let scaler = Scaler::manifest(name, manifest, bounds.initial);
+        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
+    }
+    if outcomes.is_empty() {
+        let scaler = Scaler::fixed(prepared.settings.pods.initial);
+        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
+    }
     // Not a part of the result, which is the same every time.
     let _ = writeln!(std::io::stderr(), "{}", pace(&outcomes, started.elapsed()));
     if args.report.json {
@@ -60,6 +79,39 @@ pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
         }
     }
     Ok(out.flush()?)
+}
+
+/// As many as were typed, else as few as the scaler may have; 1 without one.
+fn bounds(args: &FleetArgs, manifest: Option<&Manifest>) -> Bounds {
+    let fewest = manifest.map_or(1, |manifest| manifest.idle.unwrap_or(manifest.min));
+    let initial = args.scaling.replicas.unwrap_or(fewest);
+    Bounds { initial, most: manifest.map_or(initial, |manifest| manifest.max.max(initial)) }
+}
+
+/// The manifest in a file, or one that comes with the program, with the name that it is shown under.
+fn manifest(name: &str) -> Result<(String, Manifest), Error> {
+    /// A manifest is some lines.
+    const MOST_BYTES: u64 = 1 << 20;
+    let path = Path::new(name);
+    let (shown, text) = match scaler::preset(name) {
+        Some(text) => (name.to_owned(), text.to_owned()),
+        None if !path.exists() => {
+            let known = scaler::presets().collect::<Vec<_>>().join(", ");
+            return Err(Error::Scaler { name: name.to_owned(), known });
+        }
+        None => {
+            let failed = |source| Error::ReadManifest { path: path.to_owned(), source };
+            let mut text = String::new();
+            let file = std::fs::File::open(path).map_err(failed)?;
+            file.take(MOST_BYTES).read_to_string(&mut text).map_err(failed)?;
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            (stem.into_owned(), text)
+        }
+    };
+    let manifest = Manifest::parse(&text);
+    manifest
+        .map(|manifest| (shown, manifest))
+        .map_err(|source| Error::Manifest { name: name.to_owned(), source: Box::new(source) })
 }
 
 fn pace(outcomes: &[Outcome], elapsed: Duration) -> String {

@@ -14,3 +14,6 @@ mod seeds;
 
 /// How fast it is, and how large a fleet may be.
 mod speed;
+
+/// KEDA and the Horizontal Pod Autoscaler over the simulated metrics.
+mod scaling;
