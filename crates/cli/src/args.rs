@@ -49,8 +49,9 @@ pub enum Command {
     /// Show the numbers that people quote beside the limit and what was measured here; run measures them.
     #[command(after_help = crate::numbers_command::EXAMPLES)]
     Numbers(Box<NumbersCommand>),
-    /// Simulated devices: calibrate one with measured points.
-    Sim(SimCommand),
+    /// Simulate a fleet behind its router in virtual time; calibrate fits a device to measured points.
+    #[command(after_help = crate::sim_command::EXAMPLES)]
+    Sim(Box<SimCommand>),
 }
 
 #[derive(Args)]

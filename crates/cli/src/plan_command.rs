@@ -13,6 +13,7 @@ use servelab_sim::{
     plan, whiteboard,
 };
 
+use crate::plan_simulate::{self, SimulateArgs};
 use crate::size::ByteSize;
 
 const DEFAULT: Assumptions = Assumptions::DEFAULT;
@@ -97,6 +98,9 @@ pub struct PlanCommand {
     #[arg(long, value_name = "FACTOR", default_value_t = DEFAULT.headroom, help_heading = "Engine")]
     headroom: f64,
 
+    #[command(flatten)]
+    simulation: SimulateArgs,
+
     /// Print all numbers as JSON.
     #[arg(long)]
     json: bool,
@@ -121,6 +125,8 @@ pub enum Error {
     Range { flag: &'static str, value: f64, rule: &'static str },
     #[error(transparent)]
     Plan(PlanError),
+    #[error(transparent)]
+    Simulate(#[from] plan_simulate::Error),
     #[error("cannot write: {0}")]
     Write(#[from] std::io::Error),
 }
@@ -128,16 +134,22 @@ pub enum Error {
 impl Error {
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Write(_))
+        match self {
+            Self::Simulate(error) => error.is_usage(),
+            other => !matches!(other, Self::Write(_)),
+        }
     }
 }
 
-/// Writes the plan to `out`.
+/// Writes the plan to `out`, or the fleet that a simulation finds.
 ///
 /// # Errors
 /// If a name is unknown, a file is wrong, an assumption is impossible, or the model fits nowhere.
 pub fn run(command: &PlanCommand, out: &mut impl Write) -> Result<(), Error> {
     let plan = make(command)?;
+    if command.simulation.simulate {
+        return Ok(plan_simulate::run(&command.simulation, &plan, command.json, out)?);
+    }
     if command.json {
         serde_json::to_writer_pretty(&mut *out, &plan).map_err(std::io::Error::from)?;
         writeln!(out)?;

@@ -1,4 +1,5 @@
-//! `servelab sim calibrate`: from measured points to a profile that `--hardware` takes.
+//! `servelab sim`: a fleet in virtual time (`fleet/`), and `servelab sim calibrate`: from measured points to a profile
+//! that `--hardware` takes.
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -12,9 +13,25 @@ use servelab_sim::replay::{Arrivals, Length};
 use servelab_sim::{Dtype, HardwareError, HardwareProfile};
 
 use crate::bench::hardware;
+use crate::fleet::{self, args::FleetArgs};
 use crate::plan_command;
 
+/// Shown under `--help`.
 pub const EXAMPLES: &str = "\
+Examples:
+  servelab sim --replicas 4 --rate 20 --workload azure-chat
+  servelab sim --replicas 8 --rate 10 --shape spike --peak 10 --workload azure-chat --out spike.html
+  servelab sim --scaler queue --scaler ttft --scaler gpu-utilisation --rate 8 --shape spike --workload azure-chat \\
+      --duration 1h --out scalers.html
+  servelab sim --scaler deploy/keda/queue-depth.yaml --served-model-name demo --rate 20 --shape spike
+  servelab sim --scaler from-zero --rate 10 --shape from-zero --workload azure-chat --duration 30m
+  servelab sim --model llama-3.1-70b --tp 4 --replicas 8 --users 1000 --think-time 30s --workload azure-chat
+  servelab sim --replicas 4 --rate 20 --crashes-per-hour 6 --policy least_requests
+  servelab sim calibrate run --hardware h100 --out my-h100.toml
+
+Exit codes: 0 ended as asked, 1 a file cannot be written, 2 wrong usage or settings.";
+
+const CALIBRATE_EXAMPLES: &str = "\
 Examples:
   servelab bench --concurrency 1,2,4,8,16,32 --input-tokens 512 --output-tokens 128 --out run
   servelab sim calibrate run --hardware h100 --out my-h100.toml
@@ -25,15 +42,18 @@ Examples:
 Exit codes: 0 fitted, 1 the profile cannot be written, 2 wrong usage or results.";
 
 #[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct SimCommand {
     #[command(subcommand)]
-    pub action: Action,
+    pub action: Option<Action>,
+    #[command(flatten)]
+    pub fleet: FleetArgs,
 }
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum Action {
     /// Fit the time of a step to measured points, print how far the fit is off, and write a profile.
-    #[command(after_help = EXAMPLES)]
+    #[command(after_help = CALIBRATE_EXAMPLES)]
     Calibrate(CalibrateCommand),
 }
 
@@ -75,6 +95,8 @@ pub struct CalibrateCommand {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
+    Fleet(#[from] fleet::Error),
+    #[error(transparent)]
     Saved(#[from] SavedError),
     #[error("cannot read {}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
@@ -103,16 +125,26 @@ pub enum Error {
 impl Error {
     /// Whether other flags or results would have helped.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Write(_) | Self::Toml(_))
+        match self {
+            Self::Fleet(error) => error.is_usage(),
+            other => !matches!(other, Self::Write(_) | Self::Toml(_)),
+        }
+    }
+}
+
+/// Simulates a fleet, or calibrates a device.
+///
+/// # Errors
+/// If what was typed or read cannot be used, or something cannot be written.
+pub fn run(command: &SimCommand, out: &mut impl Write) -> Result<(), Error> {
+    match &command.action {
+        Some(Action::Calibrate(command)) => calibrate(command, out),
+        None => Ok(fleet::run(&command.fleet, out)?),
     }
 }
 
 /// Fits, prints to `out`, writes the profile.
-///
-/// # Errors
-/// If a result cannot be used, or the profile not be written.
-pub fn run(command: &SimCommand, out: &mut impl Write) -> Result<(), Error> {
-    let Action::Calibrate(command) = &command.action;
+fn calibrate(command: &CalibrateCommand, out: &mut impl Write) -> Result<(), Error> {
     let base = base(command)?;
     let measured = read_all(&command.results)?;
     let target = target(command, &measured)?;

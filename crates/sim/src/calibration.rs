@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::roofline::SequenceWork;
+use crate::cost::StepSums;
 
 /// How long steps of one model on one device take.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -62,25 +62,15 @@ impl Calibration {
         }
     }
 
-    /// Of a step over these sequences; 0 for none.
-    pub fn step_seconds(&self, sequences: impl Iterator<Item = SequenceWork>) -> f64 {
-        let mut seconds = 0.0;
-        let mut is_empty = true;
-        for work in sequences.filter(|work| work.new_tokens > 0) {
-            is_empty = false;
-            seconds += match work.new_tokens {
-                1 => self.decode_seconds + (work.cached_tokens + 1) as f64 * self.context_token_seconds,
-                new => {
-                    new as f64 * self.prefill_token_seconds
-                        + pairs(work.cached_tokens as f64, new as f64) * self.prefill_pair_seconds
-                }
-            };
+    /// Of a step that these are the sums of; 0 for an empty one.
+    pub(crate) fn seconds(&self, StepSums { decode, prefill }: &StepSums) -> f64 {
+        if decode.new_tokens + prefill.new_tokens == 0 {
+            return 0.0;
         }
-        if is_empty { 0.0 } else { self.step_seconds + seconds }
+        self.step_seconds
+            + decode.new_tokens as f64 * self.decode_seconds
+            + decode.context_tokens as f64 * self.context_token_seconds
+            + prefill.new_tokens as f64 * self.prefill_token_seconds
+            + prefill.pairs * self.prefill_pair_seconds
     }
-}
-
-/// Pairs of a new token and one that it attends to, itself included.
-fn pairs(cached_tokens: f64, new_tokens: f64) -> f64 {
-    new_tokens * cached_tokens + new_tokens * (new_tokens + 1.0) / 2.0
 }

@@ -91,12 +91,51 @@ impl CostModel {
 
     /// Of a step over these sequences; 0 for none.
     pub fn step_seconds(&self, sequences: impl Iterator<Item = SequenceWork>) -> f64 {
+        self.seconds(&self.sums(sequences))
+    }
+
+    /// All that the time of a step depends on. Whole numbers: the order of the sequences changes nothing.
+    pub fn sums(&self, sequences: impl Iterator<Item = SequenceWork>) -> StepSums {
+        let mut sums = StepSums::default();
+        for work in sequences.filter(|work| work.new_tokens > 0) {
+            let sum = if work.new_tokens == 1 { &mut sums.decode } else { &mut sums.prefill };
+            match self {
+                Self::Estimate(estimate) => sum.add(&estimate.shape, work),
+                Self::Calibrated(_) | Self::Nothing => sum.count(work),
+            }
+        }
+        sums
+    }
+
+    /// Of a step that these are the sums of.
+    pub fn seconds(&self, sums: &StepSums) -> f64 {
         match self {
-            Self::Estimate(estimate) => estimate.step_seconds(sequences),
-            Self::Calibrated(calibration) => calibration.step_seconds(sequences),
+            Self::Estimate(estimate) => estimate.seconds(sums),
+            Self::Calibrated(calibration) => calibration.seconds(sums),
             Self::Nothing => 0.0,
         }
     }
+
+    /// From the sums of a step that only decodes to those of the next one over the same sequences, each of them longer
+    /// by a token. False, and nothing changed, where layers look back so far and no further: then the sequences have to
+    /// be added up anew.
+    pub fn grow(&self, sums: &mut StepSums) -> bool {
+        let layers = match self {
+            Self::Estimate(estimate) if estimate.shape.sliding_window.is_some() => return false,
+            Self::Estimate(estimate) => estimate.shape.layers as f64,
+            Self::Calibrated(_) | Self::Nothing => 0.0,
+        };
+        sums.decode.grow(layers);
+        true
+    }
+}
+
+/// What one step computes, added up over its sequences.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepSums {
+    /// Of sequences with one new token.
+    pub(crate) decode: Sum,
+    pub(crate) prefill: Sum,
 }
 
 /// A model on the GPUs of one replica, as a good engine computes it.
@@ -140,19 +179,15 @@ impl Estimate {
         })
     }
 
-    fn step_seconds(&self, sequences: impl Iterator<Item = SequenceWork>) -> f64 {
-        let (mut decode, mut prefill) = (Sum::default(), Sum::default());
-        for work in sequences {
-            if work.new_tokens == 1 { &mut decode } else { &mut prefill }.add(&self.shape, work);
-        }
+    fn seconds(&self, StepSums { decode, prefill }: &StepSums) -> f64 {
         let tokens = (decode.new_tokens + prefill.new_tokens) as f64;
         if tokens == 0.0 {
             return 0.0;
         }
         let rows = (decode.logits_rows + prefill.logits_rows) as f64;
         self.product_seconds(tokens, rows)
-            + self.attention_seconds(&decode)
-            + self.attention_seconds(&prefill)
+            + self.attention_seconds(decode)
+            + self.attention_seconds(prefill)
             + self.elementwise_seconds(tokens, rows)
             + self.link_seconds(tokens)
             + self.shares.step_seconds

@@ -13,9 +13,12 @@
 //! - [`device_pool`]: how much the device's memory holds
 //! - [`replay`]: a load over the engine in virtual time
 //!
+//! And what decides how many replicas there are: [`autoscale`], KEDA and the Horizontal Pod Autoscaler.
+//!
 //! All but the device's clock is pure: no time, no randomness, no files.
 
 pub mod assumptions;
+pub mod autoscale;
 pub mod calibration;
 pub mod cost;
 pub mod device;
@@ -39,7 +42,7 @@ pub mod whiteboard;
 
 pub use assumptions::Assumptions;
 pub use calibration::{Calibration, CalibrationError};
-pub use cost::CostModel;
+pub use cost::{CostModel, StepSums};
 pub use device::{DeviceOptions, SimulatedDevice};
 pub use device_answers::Answers;
 pub use device_clock::{Pace, VirtualClock};

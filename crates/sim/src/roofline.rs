@@ -211,11 +211,15 @@ pub fn possible_gpus(shape: &ModelShape, hardware: &HardwareProfile) -> Vec<u32>
     (1..=hardware.most_gpus()).filter(|gpus| shape.splits_over(*gpus)).collect()
 }
 
-/// What a step is made of, whatever computes it.
-#[derive(Default)]
+/// What a step is made of, whatever computes it. All are whole numbers, so that no order of adding up changes one.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Sum {
     pub new_tokens: u64,
     pub logits_rows: u64,
+    /// Tokens in the cache when the step is done, over all its sequences.
+    pub context_tokens: u64,
+    /// Pairs of a new token and one that it attends to, whatever the layers' windows.
+    pub pairs: f64,
     /// Tokens whose keys and values are read or written, over all layers.
     pub kv_layer_tokens: f64,
     /// Pairs of a new token and one that it attends to, over all layers.
@@ -223,12 +227,28 @@ pub(crate) struct Sum {
 }
 
 impl Sum {
+    /// Counts what does not depend on the model.
+    pub fn count(&mut self, work: SequenceWork) {
+        self.new_tokens += work.new_tokens;
+        self.logits_rows += work.logits_rows;
+        self.context_tokens += work.cached_tokens + work.new_tokens;
+        self.pairs += attended_pairs(work, None);
+    }
+
+    /// After a step of one token for each sequence, the next such step.
+    pub fn grow(&mut self, layers: f64) {
+        let sequences = self.new_tokens as f64;
+        self.context_tokens += self.new_tokens;
+        self.pairs += sequences;
+        self.kv_layer_tokens += layers * sequences;
+        self.layer_pairs += layers * sequences;
+    }
+
     pub fn add(&mut self, shape: &ModelShape, work: SequenceWork) {
         if work.new_tokens == 0 {
             return;
         }
-        self.new_tokens += work.new_tokens;
-        self.logits_rows += work.logits_rows;
+        self.count(work);
         let sliding = shape.sliding_window.map_or(0, |window| window.layers);
         let full = (shape.layers - sliding) as f64;
         self.kv_layer_tokens += full * touched_tokens(work, None);

@@ -11,6 +11,8 @@ const MAX_ROWS: usize = 300;
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Document {
+    /// The command that made it.
+    pub brand: &'static str,
     pub title: String,
     /// What, where and when in short.
     pub summary: Vec<Fact>,

@@ -41,6 +41,17 @@ pub fn html(result: &BenchResult, details: &Details) -> Result<String, minijinja
     html::page(&document(result, details))
 }
 
+/// Why there is no page.
+pub type PageError = minijinja::Error;
+
+/// A document as one self-contained page.
+///
+/// # Errors
+/// If the page's template does not fit, which the tests rule out.
+pub fn page(document: &Document) -> Result<String, PageError> {
+    html::page(document)
+}
+
 /// `report.md`.
 pub fn markdown(result: &BenchResult, details: &Details) -> String {
     markdown::text(&document(result, details))
@@ -72,6 +83,7 @@ pub fn document(result: &BenchResult, details: &Details) -> Document {
     sections.push(header::section(&result.header));
     sections.push(definitions());
     Document {
+        brand: "servelab bench",
         title: header::title(&result.header),
         summary: header::summary(&result.header),
         verdict: header::verdict(result),

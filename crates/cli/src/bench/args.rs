@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use servelab_bench::result::SloLimit;
 use servelab_bench::workload::lengths::Span;
+use servelab_bench::workload::{Fit, WorkloadOptions};
 
 use super::reports::Action;
 use crate::args::{Device, Dtype, Engine, KvDtype, LoadFormat, OtlpProtocol, Typed};
@@ -195,6 +196,32 @@ pub struct WorkloadArgs {
     /// Send the same prompts in every run: a second run then measures the cache of the first.
     #[arg(long, help_heading = "Workload")]
     pub no_salt: bool,
+}
+
+impl WorkloadArgs {
+    pub fn options(&self) -> WorkloadOptions {
+        let typed = self.clone();
+        WorkloadOptions {
+            name: typed.workload,
+            input: typed.input_tokens,
+            output: typed.output_tokens,
+            prefixes: typed.prefixes,
+            prefix_tokens: typed.prefix_tokens,
+            turns: typed.turns,
+            turn_think_time: typed.turn_think_time.map(|time| time.0),
+            prompts_file: typed.prompts,
+            trace_file: typed.trace,
+            trace_speed: typed.trace_speed,
+        }
+    }
+
+    pub fn fit(&self) -> Fit {
+        match self.lengths {
+            None | Some(Lengths::Refuse) => Fit::Refuse,
+            Some(Lengths::Clip) => Fit::Clip,
+            Some(Lengths::Scale) => Fit::Scale,
+        }
+    }
 }
 
 #[derive(Args, Clone, Debug, Default)]

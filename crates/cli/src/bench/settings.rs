@@ -14,7 +14,7 @@ use servelab_bench::result::{Endpoint, Slo};
 use servelab_bench::run::LoadShape;
 use servelab_bench::session::{self, Loads};
 use servelab_bench::vocabulary::FormChoice;
-use servelab_bench::workload::{Fit, Workload, WorkloadError, WorkloadOptions};
+use servelab_bench::workload::{Fit, Workload, WorkloadError};
 use servelab_telemetry::Secret;
 use servelab_telemetry::traces::TraceOptions;
 
@@ -132,7 +132,7 @@ impl BenchSettings {
         command: &BenchCommand,
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, UsageError> {
-        let workload = Workload::new(&workload_options(command))?;
+        let workload = Workload::new(&command.workload.options())?;
         let session = session_settings(command, &workload)?;
         let extra_body = extra_body(command.target.extra_body.as_deref())?;
         let temperature = command.target.temperature;
@@ -141,11 +141,7 @@ impl BenchSettings {
         }
         Ok(Self {
             target: target(command, &workload, &environment)?,
-            fit: match command.workload.lengths {
-                None | Some(args::Lengths::Refuse) => Fit::Refuse,
-                Some(args::Lengths::Clip) => Fit::Clip,
-                Some(args::Lengths::Scale) => Fit::Scale,
-            },
+            fit: command.workload.fit(),
             session,
             ignore_eos: command.target.ignore_eos.unwrap_or(workload.ignore_eos),
             temperature: Some(temperature.unwrap_or(workload.temperature)),
@@ -163,22 +159,6 @@ impl BenchSettings {
 
 fn range(option: &'static str, value: impl ToString, rule: &'static str) -> UsageError {
     UsageError::Range { option, value: value.to_string(), rule }
-}
-
-fn workload_options(command: &BenchCommand) -> WorkloadOptions {
-    let typed = command.workload.clone();
-    WorkloadOptions {
-        name: typed.workload,
-        input: typed.input_tokens,
-        output: typed.output_tokens,
-        prefixes: typed.prefixes,
-        prefix_tokens: typed.prefix_tokens,
-        turns: typed.turns,
-        turn_think_time: typed.turn_think_time.map(|time| time.0),
-        prompts_file: typed.prompts,
-        trace_file: typed.trace,
-        trace_speed: typed.trace_speed,
-    }
 }
 
 // ---- what is measured ----

@@ -1,5 +1,6 @@
 //! Tests of the arithmetic from outside.
 //!
+//! - `autoscale`: KEDA and the Horizontal Pod Autoscaler beside their sources
 //! - `device`: the simulated device under the real engine
 //! - `fit`: calibration against a known truth
 //! - `models`: the models and GPUs that the other tests name
@@ -10,6 +11,7 @@
 //! - `planner`: whole plans, and what they refuse
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod autoscale;
 mod device;
 mod fit;
 mod ledger;

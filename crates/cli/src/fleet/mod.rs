@@ -1,0 +1,158 @@
+//! `servelab sim`: a fleet in virtual time.
+
+pub mod args;
+mod settings;
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use servelab_bench::report::number;
+use servelab_fleet::page::{self, Heading};
+use servelab_fleet::{Outcome, Scaler, SettingsError, scaler, simulate, text};
+use servelab_sim::autoscale::{Manifest, ManifestError};
+
+use args::FleetArgs;
+use settings::{Bounds, Prepared, UsageError};
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(
+        "--scaler: there is no file {name:?}, and no scaler of that name comes with the program: {known}"
+    )]
+    Scaler { name: String, known: String },
+    #[error("--scaler: cannot read {}: {source}", path.display())]
+    ReadManifest { path: PathBuf, source: std::io::Error },
+    #[error("--scaler {name}: {source}")]
+    Manifest { name: String, source: Box<ManifestError> },
+    #[error("cannot write {}: {source}", path.display())]
+    WritePage { path: PathBuf, source: std::io::Error },
+    #[error("cannot make the page: {0}")]
+    Page(String),
+    #[error("cannot write: {0}")]
+    Write(#[from] std::io::Error),
+}
+
+impl Error {
+    /// Whether other flags would have helped.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::WritePage { .. } | Self::Page(_) | Self::Write(_))
+    }
+}
+
+/// Simulates, prints to `out`, writes the page.
+///
+/// # Errors
+/// If a setting cannot be, or something cannot be written.
+pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
+    let manifests = args.scaling.scaler.iter().map(|name| manifest(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut prepared = args.prepare(bounds(args, None))?;
+    let started = Instant::now();
+    let mut outcomes = Vec::new();
+    for (name, manifest) in manifests {
+        let bounds = bounds(args, Some(&manifest));
+        prepared = args.prepare(bounds)?;
+        let scaler = Scaler::manifest(name, manifest, bounds.initial);
+        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
+    }
+    if outcomes.is_empty() {
+        let scaler = Scaler::fixed(prepared.settings.pods.initial);
+        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
+    }
+    // Not a part of the result, which is the same every time.
+    let _ = writeln!(std::io::stderr(), "{}", pace(&outcomes, started.elapsed()));
+    if args.report.json {
+        serde_json::to_writer_pretty(&mut *out, &outcomes).map_err(std::io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        write!(out, "{}", text::table(&outcomes))?;
+    }
+    if let Some(path) = &args.report.out {
+        write_page(path, &prepared, &outcomes)?;
+        if !args.report.json {
+            writeln!(out, "\nwritten: {}", path.display())?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+/// As many as were typed, else as few as the scaler may have; 1 without one.
+fn bounds(args: &FleetArgs, manifest: Option<&Manifest>) -> Bounds {
+    let fewest = manifest.map_or(1, |manifest| manifest.idle.unwrap_or(manifest.min));
+    let initial = args.scaling.replicas.unwrap_or(fewest);
+    Bounds { initial, most: manifest.map_or(initial, |manifest| manifest.max.max(initial)) }
+}
+
+/// The manifest in a file, or one that comes with the program, with the name that it is shown under.
+fn manifest(name: &str) -> Result<(String, Manifest), Error> {
+    /// A manifest is some lines.
+    const MOST_BYTES: u64 = 1 << 20;
+    let path = Path::new(name);
+    let (shown, text) = match scaler::preset(name) {
+        Some(text) => (name.to_owned(), text.to_owned()),
+        None if !path.exists() => {
+            let known = scaler::presets().collect::<Vec<_>>().join(", ");
+            return Err(Error::Scaler { name: name.to_owned(), known });
+        }
+        None => {
+            let failed = |source| Error::ReadManifest { path: path.to_owned(), source };
+            let mut text = String::new();
+            let file = std::fs::File::open(path).map_err(failed)?;
+            file.take(MOST_BYTES).read_to_string(&mut text).map_err(failed)?;
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            (stem.into_owned(), text)
+        }
+    };
+    let manifest = Manifest::parse(&text);
+    manifest
+        .map(|manifest| (shown, manifest))
+        .map_err(|source| Error::Manifest { name: name.to_owned(), source: Box::new(source) })
+}
+
+fn pace(outcomes: &[Outcome], elapsed: Duration) -> String {
+    let requests: u64 = outcomes.iter().map(|outcome| outcome.requests).sum();
+    let seconds = elapsed.as_secs_f64();
+    let per_minute = (60.0 * requests as f64 / seconds.max(1e-9)) as u64;
+    format!(
+        "simulated {} requests in {seconds:.2} s, {} a minute",
+        number::count(requests),
+        number::count(per_minute)
+    )
+}
+
+fn write_page(path: &PathBuf, prepared: &Prepared, outcomes: &[Outcome]) -> Result<(), Error> {
+    let html = page::html(&heading(prepared), &prepared.settings, outcomes)
+        .map_err(|error| Error::Page(error.to_string()))?;
+    std::fs::write(path, html).map_err(|source| Error::WritePage { path: path.clone(), source })
+}
+
+fn heading(prepared: &Prepared) -> Heading {
+    let Prepared { settings, shape, hardware } = prepared;
+    let fact = |name: &str, value: String| (name.to_owned(), value);
+    let load = match &settings.load {
+        servelab_fleet::Load::Open(shape) => shape.describe(),
+        servelab_fleet::Load::Users { users, think } => {
+            format!("{users} users who read for {} s", think.as_secs_f64())
+        }
+    };
+    let times = match hardware.calibration {
+        Some(_) => "the times of steps are calibrated",
+        None => "the times of steps are estimated from data sheets",
+    };
+    Heading {
+        title: format!("{} on {} x {}, simulated", shape.name, settings.kind.gpus, hardware.name),
+        facts: vec![
+            fact("workload", settings.workload.name.clone()),
+            fact("load", load),
+            fact("time", format!("{} s", settings.duration.as_secs_f64())),
+            fact("seed", settings.seed.to_string()),
+            fact("policy", settings.router.policy.name().to_owned()),
+        ],
+        notes: vec![format!("Nothing was computed: {times}, and so is all that follows from them.")],
+    }
+}

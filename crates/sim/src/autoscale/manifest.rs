@@ -1,0 +1,565 @@
+//! Reads a ScaledObject of KEDA or a HorizontalPodAutoscaler. What is not simulated is refused by name.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::formula::{Formula, FormulaError};
+use super::hpa::{Behavior, Policy, PolicyKind, Rules, Select, Target};
+use super::promql::{Query, QueryError};
+
+/// A manifest that cannot be read or simulated.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    #[error("no manifest of a ScaledObject or HorizontalPodAutoscaler: {0}")]
+    Yaml(String),
+    #[error("the kind {0:?} is not simulated; give a ScaledObject or a HorizontalPodAutoscaler")]
+    Kind(String),
+    #[error("{field} is {value}; {rule}")]
+    Field { field: String, value: String, rule: &'static str },
+    #[error("{field}: {source}")]
+    Query { field: String, source: QueryError },
+    #[error(transparent)]
+    Formula(#[from] FormulaError),
+}
+
+fn refused<T>(
+    field: impl Into<String>,
+    value: impl ToString,
+    rule: &'static str,
+) -> Result<T, ManifestError> {
+    Err(ManifestError::Field { field: field.into(), value: value.to_string(), rule })
+}
+
+/// What an autoscaler is told.
+#[derive(Clone, Debug)]
+pub struct Manifest {
+    pub name: String,
+    /// Without KEDA there is nothing below one replica.
+    pub is_keda: bool,
+    pub min: u32,
+    pub max: u32,
+    pub polling_interval: Duration,
+    pub cooldown: Duration,
+    pub initial_cooldown: Duration,
+    pub idle: Option<u32>,
+    pub fallback: Option<Fallback>,
+    pub behavior: Option<Behavior>,
+    pub triggers: Vec<Trigger>,
+    pub modifiers: Option<Modifiers>,
+}
+
+/// Replicas when a trigger has failed more often than so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fallback {
+    pub failure_threshold: u32,
+    pub replicas: u32,
+    pub behavior: FallbackBehavior,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum FallbackBehavior {
+    #[default]
+    Static,
+    CurrentReplicas,
+    CurrentReplicasIfHigher,
+    CurrentReplicasIfLower,
+}
+
+/// One reason to scale.
+#[derive(Clone, Debug)]
+pub struct Trigger {
+    /// As it was given, else by its place.
+    pub name: String,
+    pub kind: TriggerKind,
+}
+
+#[derive(Clone, Debug)]
+pub enum TriggerKind {
+    Prometheus {
+        query: Query,
+        target: Target,
+        activation: f64,
+        ignore_null_values: bool,
+    },
+    /// In percent of what pods ask for.
+    Cpu {
+        utilization: f64,
+    },
+}
+
+/// All triggers as one number.
+#[derive(Clone, Debug)]
+pub struct Modifiers {
+    pub formula: Formula,
+    pub target: Target,
+    pub activation: f64,
+}
+
+impl Manifest {
+    /// Reads the only document of a YAML file.
+    ///
+    /// # Errors
+    /// What cannot be read, or is not simulated.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        let head: Head = yaml(text)?;
+        match head.kind.as_str() {
+            "ScaledObject" => scaled_object(yaml(text)?),
+            "HorizontalPodAutoscaler" => autoscaler(yaml(text)?),
+            other => Err(ManifestError::Kind(other.to_owned())),
+        }
+    }
+
+    /// All that names metrics.
+    pub fn queries(&self) -> impl Iterator<Item = &str> {
+        self.triggers.iter().filter_map(|trigger| match &trigger.kind {
+            TriggerKind::Prometheus { query, .. } => Some(query.text()),
+            TriggerKind::Cpu { .. } => None,
+        })
+    }
+}
+
+fn yaml<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ManifestError> {
+    serde_saphyr::from_str(text).map_err(|error| ManifestError::Yaml(error.to_string()))
+}
+
+// ---- the files ----
+
+#[derive(Deserialize)]
+struct Head {
+    kind: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Document<Spec> {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    metadata: Metadata,
+    spec: Spec,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    name: String,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct ScaledObject {
+    #[serde(rename = "scaleTargetRef")]
+    _scale_target_ref: Reference,
+    polling_interval: Option<u32>,
+    cooldown_period: Option<u32>,
+    initial_cooldown_period: Option<u32>,
+    idle_replica_count: Option<u32>,
+    min_replica_count: Option<u32>,
+    max_replica_count: Option<u32>,
+    fallback: Option<TypedFallback>,
+    #[serde(default)]
+    advanced: Advanced,
+    triggers: Vec<TypedTrigger>,
+}
+
+/// There is one Deployment, whatever its name.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Reference {
+    #[serde(rename = "apiVersion")]
+    _api_version: Option<String>,
+    #[serde(rename = "kind")]
+    _kind: Option<String>,
+    #[serde(rename = "name")]
+    _name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedFallback {
+    failure_threshold: u32,
+    replicas: u32,
+    #[serde(default)]
+    behavior: FallbackBehavior,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Advanced {
+    #[serde(default)]
+    horizontal_pod_autoscaler_config: AutoscalerConfig,
+    scaling_modifiers: Option<TypedModifiers>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct AutoscalerConfig {
+    #[serde(rename = "name")]
+    _name: Option<String>,
+    behavior: Option<TypedBehavior>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedModifiers {
+    formula: String,
+    target: String,
+    activation_target: Option<String>,
+    metric_type: Option<MetricType>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+enum MetricType {
+    AverageValue,
+    Value,
+    Utilization,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedTrigger {
+    #[serde(rename = "type")]
+    kind: String,
+    name: Option<String>,
+    metric_type: Option<MetricType>,
+    #[serde(default)]
+    use_cached_metrics: bool,
+    /// Whoever may ask, the answer is the same.
+    #[serde(rename = "authenticationRef")]
+    _authentication_ref: Option<AuthenticationReference>,
+    metadata: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AuthenticationReference {
+    #[serde(rename = "name")]
+    _name: String,
+    #[serde(rename = "kind")]
+    _kind: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedBehavior {
+    scale_up: Option<TypedRules>,
+    scale_down: Option<TypedRules>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedRules {
+    stabilization_window_seconds: Option<u32>,
+    select_policy: Option<TypedSelect>,
+    policies: Option<Vec<TypedPolicy>>,
+    tolerance: Option<f64>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+enum TypedSelect {
+    Max,
+    Min,
+    Disabled,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedPolicy {
+    #[serde(rename = "type")]
+    kind: TypedPolicyKind,
+    value: u32,
+    period_seconds: u32,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+enum TypedPolicyKind {
+    Pods,
+    Percent,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct PodAutoscaler {
+    #[serde(rename = "scaleTargetRef")]
+    _scale_target_ref: Reference,
+    min_replicas: Option<u32>,
+    max_replicas: u32,
+    metrics: Vec<TypedMetric>,
+    behavior: Option<TypedBehavior>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TypedMetric {
+    #[serde(rename = "type")]
+    kind: String,
+    resource: Option<TypedResource>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TypedResource {
+    name: String,
+    target: TypedTarget,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TypedTarget {
+    #[serde(rename = "type")]
+    kind: MetricType,
+    average_utilization: Option<u32>,
+}
+
+// ---- what they mean ----
+
+fn seconds(typed: Option<u32>, default: u32) -> Duration {
+    Duration::from_secs(u64::from(typed.unwrap_or(default)))
+}
+
+fn bounds(min: u32, max: u32) -> Result<(), ManifestError> {
+    const MOST: u32 = 10_000;
+    if max == 0 || max > MOST {
+        return refused("maxReplicaCount", max, "it must be from 1 to 10000");
+    }
+    if min > max { refused("minReplicaCount", min, "it must not be above maxReplicaCount") } else { Ok(()) }
+}
+
+fn scaled_object(document: Document<ScaledObject>) -> Result<Manifest, ManifestError> {
+    let Document { metadata, spec, .. } = document;
+    if let Some((name, value)) =
+        metadata.annotations.iter().find(|(name, _)| name.starts_with("autoscaling.keda.sh/"))
+    {
+        return refused(format!("metadata.annotations.{name}"), value, "this annotation is not simulated");
+    }
+    let (min, max) = (spec.min_replica_count.unwrap_or(0), spec.max_replica_count.unwrap_or(100));
+    bounds(min, max)?;
+    if let Some(idle) = spec.idle_replica_count.filter(|idle| *idle >= min) {
+        return refused("idleReplicaCount", idle, "it must be less than minReplicaCount, and only 0 works");
+    }
+    if spec.polling_interval == Some(0) {
+        return refused("pollingInterval", 0, "it must be at least 1");
+    }
+    let triggers = spec.triggers.into_iter().enumerate();
+    let triggers = triggers.map(|(at, typed)| trigger(at, typed)).collect::<Result<Vec<Trigger>, _>>()?;
+    if triggers.is_empty() {
+        return refused("triggers", "empty", "give at least one");
+    }
+    let is_cpu = |trigger: &Trigger| matches!(trigger.kind, TriggerKind::Cpu { .. });
+    if min == 0 && triggers.iter().all(is_cpu) {
+        return refused(
+            "minReplicaCount",
+            0,
+            "with cpu triggers alone it must be at least 1: nobody uses CPU at 0",
+        );
+    }
+    Ok(Manifest {
+        name: metadata.name,
+        is_keda: true,
+        min,
+        max,
+        polling_interval: seconds(spec.polling_interval, 30),
+        cooldown: seconds(spec.cooldown_period, 300),
+        initial_cooldown: seconds(spec.initial_cooldown_period, 0),
+        idle: spec.idle_replica_count,
+        fallback: spec.fallback.map(|typed| Fallback {
+            failure_threshold: typed.failure_threshold,
+            replicas: typed.replicas,
+            behavior: typed.behavior,
+        }),
+        behavior: spec.advanced.horizontal_pod_autoscaler_config.behavior.map(behavior),
+        modifiers: match spec.advanced.scaling_modifiers {
+            Some(typed) => Some(modifiers(&typed, &triggers)?),
+            None => None,
+        },
+        triggers,
+    })
+}
+
+fn trigger(at: usize, typed: TypedTrigger) -> Result<Trigger, ManifestError> {
+    if typed.use_cached_metrics {
+        return refused(format!("triggers[{at}].useCachedMetrics"), true, "cached metrics are not simulated");
+    }
+    let name = typed.name.clone().unwrap_or_else(|| format!("s{at}"));
+    let kind = match typed.kind.as_str() {
+        "prometheus" => prometheus(at, &typed)?,
+        "cpu" => cpu(at, &typed)?,
+        other => {
+            return refused(format!("triggers[{at}].type"), other, "prometheus and cpu are simulated");
+        }
+    };
+    Ok(Trigger { name, kind })
+}
+
+fn prometheus(at: usize, typed: &TypedTrigger) -> Result<TriggerKind, ManifestError> {
+    /// Where Prometheus is and how it is asked changes no value.
+    const HARMLESS: [&str; 8] = [
+        "serverAddress",
+        "query",
+        "threshold",
+        "activationThreshold",
+        "ignoreNullValues",
+        "unsafeSsl",
+        "authModes",
+        "timeout",
+    ];
+    let field = |name: &str| format!("triggers[{at}].metadata.{name}");
+    if let Some((name, value)) = typed.metadata.iter().find(|(name, _)| !HARMLESS.contains(&name.as_str())) {
+        return refused(
+            field(name),
+            value,
+            "this key is not simulated, or not one of the prometheus trigger's",
+        );
+    }
+    let number = |name: &str| match typed.metadata.get(name).map(|text| (text, text.parse::<f64>())) {
+        None => Ok(None),
+        Some((_, Ok(number))) if number.is_finite() => Ok(Some(number)),
+        Some((text, _)) => refused(field(name), format!("{text:?}"), "it must be a number in quotes"),
+    };
+    let Some(text) = typed.metadata.get("query") else {
+        return refused(field("query"), "missing", "a prometheus trigger needs one");
+    };
+    let query =
+        Query::parse(text).map_err(|source| ManifestError::Query { field: field("query"), source })?;
+    let threshold = match number("threshold")? {
+        Some(threshold) if threshold > 0.0 => threshold,
+        Some(wrong) => return refused(field("threshold"), wrong, "it must be above 0"),
+        None => return refused(field("threshold"), "missing", "a prometheus trigger needs one"),
+    };
+    let target = match typed.metric_type {
+        None | Some(MetricType::AverageValue) => Target::AverageValue(threshold),
+        Some(MetricType::Value) => Target::Value(threshold),
+        Some(MetricType::Utilization) => {
+            let rule = "a prometheus trigger has AverageValue or Value";
+            return refused(format!("triggers[{at}].metricType"), "Utilization", rule);
+        }
+    };
+    let ignore_null_values = match typed.metadata.get("ignoreNullValues").map(String::as_str) {
+        None | Some("true") => true,
+        Some("false") => false,
+        Some(other) => {
+            return refused(field("ignoreNullValues"), format!("{other:?}"), "\"true\" or \"false\"");
+        }
+    };
+    let activation = number("activationThreshold")?.unwrap_or(0.0);
+    Ok(TriggerKind::Prometheus { query, target, activation, ignore_null_values })
+}
+
+fn cpu(at: usize, typed: &TypedTrigger) -> Result<TriggerKind, ManifestError> {
+    if typed.metric_type != Some(MetricType::Utilization) {
+        let rule = "of a cpu trigger Utilization is simulated";
+        return refused(format!("triggers[{at}].metricType"), format!("{:?}", typed.metric_type), rule);
+    }
+    if let Some((name, value)) = typed.metadata.iter().find(|(name, _)| *name != "value") {
+        return refused(format!("triggers[{at}].metadata.{name}"), value, "this key is not simulated");
+    }
+    match typed.metadata.get("value").map(|text| text.parse::<f64>()) {
+        Some(Ok(utilization)) if utilization > 0.0 => Ok(TriggerKind::Cpu { utilization }),
+        _ => refused(format!("triggers[{at}].metadata.value"), "no number", "it must be percent, above 0"),
+    }
+}
+
+fn modifiers(typed: &TypedModifiers, triggers: &[Trigger]) -> Result<Modifiers, ManifestError> {
+    let field = |name: &str| format!("advanced.scalingModifiers.{name}");
+    let formula = Formula::parse(&typed.formula)?;
+    if let Some(name) = formula.names().into_iter().find(|name| triggers.iter().all(|it| it.name != **name)) {
+        return refused(field("formula"), name, "no trigger has this name");
+    }
+    let target = match typed.target.parse::<f64>() {
+        Ok(target) if target > 0.0 => target,
+        _ => return refused(field("target"), &typed.target, "it must be a number above 0"),
+    };
+    let activation = match typed.activation_target.as_deref().unwrap_or("0").parse() {
+        Ok(activation) => activation,
+        Err(_) => return refused(field("activationTarget"), "no number", "it must be a number"),
+    };
+    let target = match typed.metric_type {
+        None | Some(MetricType::AverageValue) => Target::AverageValue(target),
+        Some(MetricType::Value) => Target::Value(target),
+        Some(MetricType::Utilization) => {
+            return refused(field("metricType"), "Utilization", "it is AverageValue or Value");
+        }
+    };
+    Ok(Modifiers { formula, target, activation })
+}
+
+fn behavior(typed: TypedBehavior) -> Behavior {
+    let or_default = |typed: Option<TypedRules>, default: Rules| match typed {
+        Some(typed) => rules(typed, default),
+        None => default,
+    };
+    Behavior {
+        up: or_default(typed.scale_up, Rules::default_up()),
+        down: or_default(typed.scale_down, Rules::default_down()),
+    }
+}
+
+fn rules(typed: TypedRules, default: Rules) -> Rules {
+    let policy = |typed: TypedPolicy| Policy {
+        kind: match typed.kind {
+            TypedPolicyKind::Pods => PolicyKind::Pods,
+            TypedPolicyKind::Percent => PolicyKind::Percent,
+        },
+        value: typed.value,
+        period: Duration::from_secs(u64::from(typed.period_seconds)),
+    };
+    Rules {
+        stabilization: typed
+            .stabilization_window_seconds
+            .map_or(default.stabilization, |window| Duration::from_secs(u64::from(window))),
+        select: match typed.select_policy {
+            None | Some(TypedSelect::Max) => Select::Max,
+            Some(TypedSelect::Min) => Select::Min,
+            Some(TypedSelect::Disabled) => Select::Disabled,
+        },
+        policies: typed
+            .policies
+            .map_or(default.policies, |policies| policies.into_iter().map(policy).collect()),
+        tolerance: typed.tolerance.or(default.tolerance),
+    }
+}
+
+fn autoscaler(document: Document<PodAutoscaler>) -> Result<Manifest, ManifestError> {
+    let Document { metadata, spec, .. } = document;
+    let (min, max) = (spec.min_replicas.unwrap_or(1), spec.max_replicas);
+    bounds(min, max)?;
+    if min == 0 {
+        return refused("minReplicas", 0, "it must be at least 1; only KEDA goes to 0");
+    }
+    let metric = |(at, typed): (usize, TypedMetric)| match typed.resource {
+        Some(resource) if typed.kind == "Resource" && resource.name == "cpu" => {
+            match (resource.target.kind, resource.target.average_utilization) {
+                (MetricType::Utilization, Some(percent)) if percent > 0 => Ok(Trigger {
+                    name: format!("s{at}"),
+                    kind: TriggerKind::Cpu { utilization: f64::from(percent) },
+                }),
+                _ => refused(format!("metrics[{at}].resource.target"), "another", "Utilization is simulated"),
+            }
+        }
+        _ => refused(
+            format!("metrics[{at}].type"),
+            typed.kind,
+            "of a HorizontalPodAutoscaler the Resource cpu is simulated; queries come with a ScaledObject",
+        ),
+    };
+    let triggers = spec.metrics.into_iter().enumerate().map(metric).collect::<Result<Vec<Trigger>, _>>()?;
+    Ok(Manifest {
+        name: metadata.name,
+        is_keda: false,
+        min,
+        max,
+        polling_interval: Duration::MAX,
+        cooldown: Duration::ZERO,
+        initial_cooldown: Duration::ZERO,
+        idle: None,
+        fallback: None,
+        behavior: spec.behavior.map(behavior),
+        triggers,
+        modifiers: None,
+    })
+}

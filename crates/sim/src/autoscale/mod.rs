@@ -1,0 +1,31 @@
+//! What KEDA and the Horizontal Pod Autoscaler do, as arithmetic: time, metrics and pods are arguments.
+//!
+//! - [`manifest`] reads a ScaledObject, or a HorizontalPodAutoscaler, as it is given to Kubernetes
+//! - [`keda`] is KEDA's operator: from zero to one and back, fallback; [`hpa`] what is between one and the most
+//! - [`promql`] answers the triggers' queries from [`samples`], which somebody scrapes
+//! - [`formula`] is the language of `scalingModifiers`
+//!
+//! Each function names the function of Kubernetes 1.36 or KEDA 2.20 that it follows.
+
+pub mod formula;
+pub mod hpa;
+pub mod keda;
+pub mod manifest;
+pub mod promql;
+pub mod samples;
+
+pub use keda::{Autoscaler, ScaleTo};
+pub use manifest::{Manifest, ManifestError};
+pub use samples::SampleStore;
+
+/// The pods of the Deployment as the controllers see them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PodCounts {
+    /// Replicas that the Deployment asks for.
+    pub wanted: u32,
+    /// Pods that there are and that are not going: ready, starting and pending ones.
+    pub existing: u32,
+    pub ready: u32,
+    /// Of each ready pod, the CPU that it uses over what it asks for, in percent.
+    pub cpu_percent: Vec<f64>,
+}
