@@ -324,6 +324,7 @@ impl<'a> Run<'a> {
 
     fn ended(&mut self, now: Duration, number: u64) {
         let Some(active) = self.active.remove(&number) else { return };
+        self.fleet.completed(active.tokens, 1);
         if active.measured {
             let first_token = active.first_token.unwrap_or(now);
             let ttft = (first_token - active.arrived).as_secs_f64();

@@ -3,22 +3,25 @@
 //! ```text
 //! cost(w) = (uncached_tokens(request, w) + pending_prefill_tokens(w)) / prefill_rate(w)
 //!         + requests(w) * uncached_tokens(request, w) / prefill_rate(w)
-//!         + decode_load(w) * step_time(w)
+//!         + output_tokens(request) * requests(w) * sequence_time(w)
 //!         + lambda * k(w) / (1 - k(w))
 //! ```
 //!
 //! The first term is how long the request waits for its first token; the second what it takes from the others there,
-//! each of which waits while its prompt is computed; the third how much slower its tokens then come; the fourth keeps
-//! off a replica whose KV cache is about to overflow, where requests are preempted (SGLang's `least_load` has it, with
-//! the same lambda).
+//! each of which waits while its prompt is computed. The third is decoding: each sequence in a step makes the step
+//! longer by `sequence_time`, so that every one there slows this request's tokens, and this request every one's: twice
+//! that time if all stayed as long as this one, and taken once, since those there are half done and later requests go
+//! elsewhere.
+//! The fourth keeps off a replica whose KV cache is about to overflow, where requests are preempted (SGLang's
+//! `least_load` has it, with the same lambda).
 //!
-//! Without the second term every request chooses for itself alone, and a busy fleet talks itself into thrashing: each
-//! spill looks cheap, adds a whole prompt of work, and evicts somebody else's prefix (Pigou 1920, on roads). With 150
-//! shared prompts over eight replicas at 50 requests a second that is the difference between a hit rate of 36 % and one
-//! of 83 %, see `benches/README.md`. A hot prefix spills by itself: once the queue of the replica that holds
+//! Without what is imposed on others every request chooses for itself alone, and a busy fleet talks itself into
+//! thrashing: each spill looks cheap, adds a whole prompt of work, and evicts somebody else's prefix (Pigou 1920, on
+//! roads). `benches/README.md` has the figures. A hot prefix spills by itself: once the queue of the replica that holds
 //! it takes longer than computing the prefix elsewhere, elsewhere is cheaper.
 
 use super::load::LoadView;
+use super::picker::Ask;
 use super::rates::Pace;
 use super::replica_set::ReplicaId;
 
@@ -39,22 +42,18 @@ pub struct Terms {
     pub queue_seconds: f64,
     /// What the requests there wait for this one, all together.
     pub imposed_seconds: f64,
+    /// Tokens that come later because the request and those there share their steps.
     pub decode_seconds: f64,
     pub memory_seconds: f64,
 }
 
 impl Terms {
-    /// Of a request of `prompt_tokens` tokens, `matched_tokens` of which the replica holds.
-    pub fn new(
-        replica: ReplicaId,
-        prompt_tokens: u32,
-        matched_tokens: u32,
-        load: LoadView,
-        pace: Pace,
-    ) -> Self {
+    /// Of a request, `matched_tokens` of whose prompt the replica holds.
+    pub fn new(replica: ReplicaId, ask: &Ask, matched_tokens: u32, load: LoadView, pace: Pace) -> Self {
         // A prompt that is cached whole still computes one token.
-        let matched_tokens = matched_tokens.min(prompt_tokens.saturating_sub(1));
-        let uncached = f64::from(prompt_tokens - matched_tokens);
+        let matched_tokens = matched_tokens.min(ask.prompt_tokens.saturating_sub(1));
+        let uncached = f64::from(ask.prompt_tokens - matched_tokens);
+        let shared_steps = f64::from(load.requests) * f64::from(ask.output_tokens);
         let usage = load.kv_usage.min(FULLEST);
         Self {
             replica,
@@ -62,7 +61,7 @@ impl Terms {
             prefill_seconds: uncached / pace.prefill_tokens_per_second,
             queue_seconds: load.pending_prefill_tokens as f64 / pace.prefill_tokens_per_second,
             imposed_seconds: f64::from(load.requests) * uncached / pace.prefill_tokens_per_second,
-            decode_seconds: f64::from(load.decoding) * pace.step_seconds,
+            decode_seconds: shared_steps * pace.sequence_seconds,
             memory_seconds: LAMBDA_SECONDS * usage / (1.0 - usage),
         }
     }
@@ -77,10 +76,12 @@ impl Terms {
 mod tests {
     use super::*;
 
-    const PACE: Pace = Pace { prefill_tokens_per_second: 10_000.0, step_seconds: 0.01 };
+    const PACE: Pace =
+        Pace { prefill_tokens_per_second: 10_000.0, step_seconds: 0.01, sequence_seconds: 0.0001 };
 
     fn terms(matched: u32, load: LoadView) -> Terms {
-        Terms::new(ReplicaId(0), 4000, matched, load, PACE)
+        let ask = Ask { prompt_tokens: 4000, output_tokens: 50, ..Ask::default() };
+        Terms::new(ReplicaId(0), &ask, matched, load, PACE)
     }
 
     #[test]
@@ -94,9 +95,10 @@ mod tests {
         };
         let terms = terms(1000, load);
         assert_eq!((terms.prefill_seconds, terms.queue_seconds), (0.3, 0.5));
-        assert_eq!((terms.decode_seconds, terms.memory_seconds), (0.2, 0.15));
+        assert_eq!(terms.memory_seconds, 0.15);
         assert!((terms.imposed_seconds - 22.0 * 0.3).abs() < 1e-12);
-        assert!((terms.cost_seconds() - 1.15 - 6.6).abs() < 1e-12);
+        assert!((terms.decode_seconds - 50.0 * 22.0 * 0.0001).abs() < 1e-12);
+        assert!((terms.cost_seconds() - 0.95 - 6.6 - 0.11).abs() < 1e-12);
     }
 
     #[test]
@@ -105,7 +107,7 @@ mod tests {
         let terms = terms(9999, full);
         assert_eq!(terms.matched_tokens, 3999);
         assert!((terms.memory_seconds - 0.15 * 999.0).abs() < 1e-6);
-        let empty = Terms::new(ReplicaId(0), 0, 0, LoadView::default(), PACE);
+        let empty = Terms::new(ReplicaId(0), &Ask::default(), 0, LoadView::default(), PACE);
         assert_eq!(empty.cost_seconds(), 0.0);
     }
 }

@@ -43,7 +43,7 @@ pub struct Prompt {
     pub session: Option<u64>,
     /// Answers that are generated.
     pub sequences: u32,
-    /// Tokens that each answer is likely to have.
+    /// Most tokens that each answer may have.
     pub output_tokens: u32,
 }
 
@@ -85,12 +85,18 @@ pub struct Fleet {
     expected: Expected,
     /// Of the last decision.
     now: Duration,
+    /// Tokens that an answer has, in the mean over the latest.
+    answer_tokens: Option<f64>,
     /// Kept between lookups.
     matches: Matches,
 }
 
 /// Blocks of a replica that has not told how many it has: as many as fit into the index.
 const UNKNOWN_LIMIT: u32 = u32::MAX;
+/// Weight of the latest answer in the mean.
+const LATEST_ANSWER: f64 = 0.02;
+/// Most that an answer is expected to have while none has ended.
+const UNKNOWN_OUTPUT_TOKENS: u32 = 512;
 
 impl Fleet {
     pub fn new(options: FleetOptions) -> Self {
@@ -103,6 +109,7 @@ impl Fleet {
             prior: options.prior,
             expected: Expected::default(),
             now: Duration::ZERO,
+            answer_tokens: None,
             matches: Matches::default(),
         }
     }
@@ -202,7 +209,8 @@ impl Fleet {
     /// What the replica counts.
     pub fn observe(&mut self, replica: ReplicaId, counters: Counters) {
         if let Some(member) = self.member_mut(replica) {
-            member.rates.observe(counters);
+            let decoding = member.load.view().decoding;
+            member.rates.observe(counters, decoding);
         }
     }
 
@@ -211,6 +219,20 @@ impl Fleet {
         if let Some(member) = self.member_mut(replica) {
             member.latency.observe(now, seconds);
         }
+    }
+
+    /// An answer had that many tokens, over all its sequences.
+    pub fn completed(&mut self, tokens: u32, sequences: u32) {
+        let tokens = f64::from(tokens) / f64::from(sequences.max(1));
+        self.answer_tokens =
+            Some(self.answer_tokens.map_or(tokens, |mean| mean + LATEST_ANSWER * (tokens - mean)));
+    }
+
+    /// What each answer is likely to have: clients ask for far more tokens than they get, so twice the mean of the
+    /// latest answers is the most.
+    fn likely_output_tokens(&self, prompt: &Prompt) -> u32 {
+        let usual = self.answer_tokens.map_or(UNKNOWN_OUTPUT_TOKENS, |mean| (2.0 * mean).ceil() as u32);
+        prompt.output_tokens.min(usual)
     }
 
     /// What is known of a replica's load.
@@ -260,6 +282,7 @@ impl Fleet {
         let candidates: Vec<Candidate> = self.present.and(eligible).iter().filter_map(candidate).collect();
         let ask = Ask {
             prompt_tokens: prompt.tokens,
+            output_tokens: self.likely_output_tokens(prompt).saturating_mul(prompt.sequences.max(1)),
             session: prompt.session,
             beginning: prompt.chain.first().map(|block| block.0 as u64),
         };
@@ -276,7 +299,7 @@ impl Fleet {
             self.index.touch(replica, &prompt.chain);
         }
         let sequences = prompt.sequences.max(1);
-        let answers = u64::from(prompt.output_tokens / 2) * u64::from(sequences);
+        let answers = u64::from(self.likely_output_tokens(prompt) / 2) * u64::from(sequences);
         Some(load.dispatch(Work {
             sequences,
             prefill_tokens: u64::from(prompt.tokens.saturating_sub(matched_tokens)),

@@ -160,6 +160,11 @@ impl Dispatch {
         }
     }
 
+    /// Answers that it generates.
+    pub fn sequences(&self) -> u32 {
+        self.work.sequences
+    }
+
     pub fn has_first_token(&self) -> bool {
         self.has_first_token
     }

@@ -13,6 +13,8 @@ use super::replica_set::ReplicaId;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ask {
     pub prompt_tokens: u32,
+    /// Tokens that are likely to be generated, all answers together.
+    pub output_tokens: u32,
     /// A hash of the session's name, if the request has one.
     pub session: Option<u64>,
     /// A hash of the prompt's beginning, if the prompt was read.
@@ -73,7 +75,7 @@ impl Picker {
     pub fn pick(&mut self, ask: &Ask, candidates: &[Candidate]) -> Option<Decision> {
         let terms = |candidate: &Candidate| {
             let Candidate { replica, load, pace, matched_tokens, .. } = *candidate;
-            Terms::new(replica, ask.prompt_tokens, matched_tokens, load, pace)
+            Terms::new(replica, ask, matched_tokens, load, pace)
         };
         let table: Vec<Terms> = candidates.iter().map(terms).collect();
         let (at, reason) = self.choose(ask, candidates, &table)?;
@@ -192,7 +194,8 @@ mod tests {
 
     use super::*;
 
-    const PACE: Pace = Pace { prefill_tokens_per_second: 10_000.0, step_seconds: 0.01 };
+    const PACE: Pace =
+        Pace { prefill_tokens_per_second: 10_000.0, step_seconds: 0.01, sequence_seconds: 0.0001 };
 
     fn candidate(replica: u8) -> Candidate {
         Candidate {
@@ -223,7 +226,7 @@ mod tests {
         let mut picker = Picker::new(policy, 7);
         let mut counts = vec![0; candidates.len()];
         for number in 0..1000 {
-            let ask = Ask { prompt_tokens: 100, session: None, beginning: Some(mix(number)) };
+            let ask = Ask { beginning: Some(mix(number)), ..ask(100) };
             let decision = picker.pick(&ask, candidates).unwrap();
             counts[usize::from(decision.replica.0)] += 1;
         }
@@ -377,7 +380,7 @@ mod tests {
         busy(&mut fleet[2], 1, 100, 2);
         let decision = Picker::new(Policy::RoundRobin, 1).pick(&ask(1000), &fleet).unwrap();
         assert_eq!(decision.table.len(), 3);
-        assert_eq!(decision.table[2], Terms::new(ReplicaId(2), 1000, 400, fleet[2].load, PACE));
+        assert_eq!(decision.table[2], Terms::new(ReplicaId(2), &ask(1000), 400, fleet[2].load, PACE));
         assert_eq!(decision.terms(), Some(&decision.table[0]));
     }
 
@@ -400,11 +403,11 @@ mod tests {
                     kv_usage: number.2,
                 },
                 latency_seconds: number.3,
-                pace: Pace { prefill_tokens_per_second: number.3, step_seconds: number.2 },
+                pace: Pace { prefill_tokens_per_second: number.3, step_seconds: number.2, sequence_seconds: number.2 },
                 matched_tokens: number.0,
                 ..candidate(at as u8)
             }).collect();
-            let ask = Ask { prompt_tokens, session, beginning };
+            let ask = Ask { prompt_tokens, output_tokens: numbers[0].0, session, beginning };
             for policy in Policy::ALL {
                 let decision = Picker::new(policy, seed).pick(&ask, &candidates).unwrap();
                 prop_assert!(candidates.iter().any(|candidate| candidate.replica == decision.replica));

@@ -1,9 +1,14 @@
-//! How fast one replica works, learnt from its own counters: prompt tokens a second, seconds a decode step.
+//! How fast one replica works, learnt from its own counters: prompt tokens a second, seconds a decode step, and how
+//! much of a step each sequence in it takes.
 //!
 //! Two estimates of the first, of which the larger holds. Tokens over the prefill times of their requests is right
 //! where prompts are computed one after the other, and too low where several share a step, since each then counts the
 //! whole step. Tokens over the time on the clock is what was achieved, and too low where the replica had nothing to
-//! do.
+//! do. The last comes from the shortest step seen, which is that of an idle replica sooner or later: what a step takes
+//! beyond it, without the prompts that were computed in between, shared out among its sequences.
+//!
+//! Replicas of one kind seem to differ, by what they happened to compute. A cost that believed it would crowd those
+//! that look fast, so a replica counts as different from the mean only by what goes beyond a factor of [`ALIKE`].
 
 use std::time::Duration;
 
@@ -27,12 +32,14 @@ pub struct Pace {
     pub prefill_tokens_per_second: f64,
     /// Mean time between two tokens of a sequence.
     pub step_seconds: f64,
+    /// How much longer a step takes for each sequence in it.
+    pub sequence_seconds: f64,
 }
 
 impl Default for Pace {
     /// Of a model of some 8 billion parameters on one large GPU: a guess until something is measured.
     fn default() -> Self {
-        Self { prefill_tokens_per_second: 20_000.0, step_seconds: 0.015 }
+        Self { prefill_tokens_per_second: 20_000.0, step_seconds: 0.015, sequence_seconds: 0.0001 }
     }
 }
 
@@ -41,6 +48,8 @@ const LATEST: f64 = 0.3;
 /// A window ends when this much has happened in it; less is noise.
 const WINDOW_TOKENS: f64 = 512.0;
 const WINDOW_GAPS: f64 = 64.0;
+/// Replicas whose paces differ by no more than this factor are taken to be of one kind.
+const ALIKE: f64 = 1.3;
 
 /// Learns the pace of one replica.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,16 +57,26 @@ pub struct Rates {
     prefill_from: Option<Counters>,
     gaps_from: Option<Counters>,
     prefill_tokens_per_second: Option<f64>,
+    /// The largest of all windows.
+    most_prefill_tokens_per_second: Option<f64>,
     step_seconds: Option<f64>,
+    /// The same without the prompts that were computed in between.
+    decode_seconds: Option<f64>,
+    /// The least of all windows.
+    shortest_step_seconds: Option<f64>,
+    /// Sequences in a step.
+    sequences: Option<f64>,
 }
 
 impl Rates {
-    /// Takes in the counters as they are now.
-    pub fn observe(&mut self, now: Counters) {
+    /// Takes in the counters as they are now, and the number of sequences that decode.
+    pub fn observe(&mut self, now: Counters, decoding: u32) {
         self.prefill_from = match self.prefill_from {
             Some(from) if !restarted(from, now) => match prefill_rate(from, now) {
                 Some(rate) => {
                     learn(&mut self.prefill_tokens_per_second, rate);
+                    let most = &mut self.most_prefill_tokens_per_second;
+                    *most = Some(most.map_or(rate, |most| most.max(rate)));
                     Some(now)
                 }
                 None => Some(window_start(from, now)),
@@ -68,7 +87,7 @@ impl Rates {
             Some(from) if !restarted(from, now) => {
                 let gaps = now.token_gaps - from.token_gaps;
                 if gaps >= WINDOW_GAPS {
-                    learn(&mut self.step_seconds, (now.token_gap_seconds - from.token_gap_seconds) / gaps);
+                    self.learn_step(from, now, decoding);
                     Some(now)
                 } else {
                     Some(from)
@@ -78,28 +97,69 @@ impl Rates {
         };
     }
 
-    /// What was learnt, and `prior` where nothing was yet.
-    pub fn pace(&self, prior: Pace) -> Pace {
-        Pace {
-            prefill_tokens_per_second: self
-                .prefill_tokens_per_second
-                .unwrap_or(prior.prefill_tokens_per_second),
-            step_seconds: self.step_seconds.unwrap_or(prior.step_seconds),
+    fn learn_step(&mut self, from: Counters, now: Counters, decoding: u32) {
+        let seconds = (now.token_gap_seconds - from.token_gap_seconds) / (now.token_gaps - from.token_gaps);
+        let passed = now.at.saturating_sub(from.at).as_secs_f64();
+        let prompt_tokens = now.computed_prompt_tokens - from.computed_prompt_tokens;
+        let prefill_seconds = self
+            .most_prefill_tokens_per_second
+            .map_or(0.0, |tokens_per_second| prompt_tokens / tokens_per_second);
+        learn(&mut self.step_seconds, seconds);
+        learn(&mut self.decode_seconds, seconds * (1.0 - (prefill_seconds / passed).clamp(0.0, 1.0)));
+        learn(&mut self.sequences, f64::from(decoding.max(1)));
+        if seconds.is_finite() && seconds > 0.0 {
+            let shortest = &mut self.shortest_step_seconds;
+            *shortest = Some(shortest.map_or(seconds, |least| least.min(seconds)));
         }
     }
 
-    /// The pace to expect of a replica of which nothing is known: the mean over those that are known.
+    /// What was learnt, as far as it differs from the fleet's `mean` by more than chance; that where nothing was yet.
+    pub fn pace(&self, mean: Pace) -> Pace {
+        let prefill = self.prefill_tokens_per_second.unwrap_or(mean.prefill_tokens_per_second);
+        let step = self.step_seconds.unwrap_or(mean.step_seconds);
+        let step_seconds = apart(step, mean.step_seconds);
+        Pace {
+            prefill_tokens_per_second: apart(prefill, mean.prefill_tokens_per_second),
+            step_seconds,
+            // A slower kind of replica is slower for each of its sequences.
+            sequence_seconds: mean.sequence_seconds * (step_seconds / mean.step_seconds),
+        }
+    }
+
+    /// The mean over those replicas of which something is known, else `prior`.
     pub fn mean<'a>(all: impl Iterator<Item = &'a Self> + Clone, prior: Pace) -> Pace {
         let mean = |values: &mut dyn Iterator<Item = f64>, prior: f64| {
             let (sum, count) = values.fold((0.0, 0), |(sum, count), value| (sum + value, count + 1));
             if count == 0 { prior } else { sum / f64::from(count) }
         };
         let rates = &mut all.clone().filter_map(|rates| rates.prefill_tokens_per_second);
-        let steps = &mut all.filter_map(|rates| rates.step_seconds);
+        let steps = &mut all.clone().filter_map(|rates| rates.step_seconds);
+        let (beyond, sequences) = all.filter_map(Self::beyond_the_shortest).fold((0.0, 0.0), sum_of_pairs);
         Pace {
             prefill_tokens_per_second: mean(rates, prior.prefill_tokens_per_second),
             step_seconds: mean(steps, prior.step_seconds),
+            sequence_seconds: if sequences > 0.0 { beyond / sequences } else { prior.sequence_seconds },
         }
+    }
+
+    /// What a step takes beyond the shortest one, in seconds, and how many sequences are in it.
+    fn beyond_the_shortest(&self) -> Option<(f64, f64)> {
+        Some(((self.decode_seconds? - self.shortest_step_seconds?).max(0.0), self.sequences?))
+    }
+}
+
+fn sum_of_pairs(one: (f64, f64), other: (f64, f64)) -> (f64, f64) {
+    (one.0 + other.0, one.1 + other.1)
+}
+
+/// The mean, moved by as much as `own` is beyond [`ALIKE`] times or below an [`ALIKE`]th of it.
+fn apart(own: f64, mean: f64) -> f64 {
+    if own > mean * ALIKE {
+        own / ALIKE
+    } else if own * ALIKE < mean {
+        own * ALIKE
+    } else {
+        mean
     }
 }
 
@@ -145,8 +205,8 @@ mod tests {
 
     fn prefill(observed: &[Counters]) -> f64 {
         let mut rates = Rates::default();
-        observed.iter().for_each(|counters| rates.observe(*counters));
-        rates.pace(Pace { prefill_tokens_per_second: -1.0, step_seconds: -1.0 }).prefill_tokens_per_second
+        observed.iter().for_each(|counters| rates.observe(*counters, 1));
+        rates.prefill_tokens_per_second.unwrap_or(-1.0)
     }
 
     #[test]
@@ -181,9 +241,31 @@ mod tests {
         let mut rates = Rates::default();
         let observed =
             [gaps(0.0, 0.0, 0.0), gaps(1.0, 1.0, 100.0), gaps(2.0, 1.1, 105.0), gaps(3.0, 3.0, 200.0)];
-        observed.into_iter().for_each(|counters| rates.observe(counters));
-        let step = rates.pace(Pace::default()).step_seconds;
-        assert!((step - 0.013).abs() < 1e-9, "{step}");
+        let decoding = [0, 2, 3, 12];
+        observed.into_iter().zip(decoding).for_each(|(counters, decoding)| rates.observe(counters, decoding));
+        let mean = Rates::mean([rates].iter(), Pace::default());
+        assert!((mean.step_seconds - 0.013).abs() < 1e-9, "{mean:?}");
+        // Five sequences on average, 3 ms beyond the shortest step.
+        assert!((mean.sequence_seconds - 0.003 / 5.0).abs() < 1e-9, "{mean:?}");
+    }
+
+    #[test]
+    fn a_replica_is_different_only_by_what_is_beyond_chance() {
+        let rate = |own: f64| {
+            let rates = Rates { prefill_tokens_per_second: Some(own), ..Rates::default() };
+            rates
+                .pace(Pace { prefill_tokens_per_second: 1000.0, ..Pace::default() })
+                .prefill_tokens_per_second
+        };
+        for (own, expected) in [(800.0, 1000.0), (1299.0, 1000.0), (2600.0, 2000.0), (130.0, 169.0)] {
+            assert!((rate(own) - expected).abs() < 1e-9, "{own}: {}", rate(own));
+        }
+        let slow = Rates { step_seconds: Some(0.039), ..Rates::default() };
+        let mean = Pace { step_seconds: 0.015, sequence_seconds: 0.0002, ..Pace::default() };
+        assert!(
+            (slow.pace(mean).sequence_seconds - 0.0004).abs() < 1e-12,
+            "twice the step, twice the sequence"
+        );
     }
 
     #[test]

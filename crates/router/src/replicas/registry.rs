@@ -319,6 +319,11 @@ impl Registry {
         }
     }
 
+    /// An answer had that many tokens, over all its sequences.
+    pub fn completed(&self, tokens: u32, sequences: u32) {
+        lock(&self.inner).fleet.completed(tokens, sequences);
+    }
+
     pub fn breaker(&self, replica: &Replica) -> BreakerState {
         lock(&replica.state).breaker.state(self.now())
     }
