@@ -117,7 +117,7 @@ impl Drop for Flight {
             app.metrics.prompt_tokens.inc_by(used.prompt_tokens.into());
             app.metrics.confirmed_hit_tokens.inc_by(used.cached_tokens.into());
             app.metrics.predicted_hit_tokens.inc_by(self.predicted_hit_tokens.into());
-            app.registry.completed(used.completion_tokens, self.dispatch.sequences());
+            app.registry.completed(used.completion_tokens, self.sent.dispatch.sequences());
         }
         let Some(reservation) = self.admission.reservation.take() else { return };
         let now = app.registry.now();

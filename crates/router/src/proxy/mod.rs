@@ -101,9 +101,7 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
     let mut visit = Visit::new(app, trace);
     let outcome = forward_counted(app, incoming, asked).await;
     match outcome {
-        Ok((begun, admission, estimate, noted)) => {
-            Ok(answer(app, begun, visit, admission, estimate, noted))
-        }
+        Ok((begun, admission, estimate, noted)) => Ok(answer(app, begun, visit, admission, estimate, noted)),
         Err(error) => {
             let refused = error.status().is_client_error();
             visit.set(if refused { Outcome::Refused } else { Outcome::Failed });

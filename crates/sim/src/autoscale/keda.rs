@@ -47,7 +47,8 @@ impl Autoscaler {
         Self {
             limits,
             memory: Memory::default(),
-            next_poll: if manifest.is_keda { manifest.polling_interval } else { Duration::MAX },
+            // The operator looks at once, and then at its interval (`startScaleLoop`).
+            next_poll: if manifest.is_keda { Duration::ZERO } else { Duration::MAX },
             next_sync: hpa::SYNC_PERIOD,
             last_active: None,
             failures: vec![0; manifest.triggers.len()],

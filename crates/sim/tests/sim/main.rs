@@ -7,7 +7,9 @@
 //! - `ledger`: every computed figure of the ledger of quoted numbers
 //! - `published`: the uncalibrated estimate against published figures
 //! - `properties`: what must hold for any input
+//! - `promql`: the queries' language beside the real one
 //! - `roofline`: steps counted by hand
+//! - `scaling_scripts`: whole manifests through scripts of what their queries give
 //! - `planner`: whole plans, and what they refuse
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
@@ -17,6 +19,8 @@ mod fit;
 mod ledger;
 mod models;
 mod planner;
+mod promql;
 mod properties;
 mod published;
 mod roofline;
+mod scaling_scripts;
