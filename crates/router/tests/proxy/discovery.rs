@@ -26,32 +26,37 @@ fn from(source: Source) -> RouterOptions {
 /// Requests that go on until told to stop.
 struct Load {
     stop: Arc<AtomicBool>,
-    answered: Arc<AtomicUsize>,
+    /// Answers of each client.
+    answered: Vec<Arc<AtomicUsize>>,
     clients: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Load {
     fn start(routed: &Routed) -> Self {
-        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let stop = Arc::new(AtomicBool::new(false));
         let client = |number: usize| {
-            let (stop, answered, request) = (stop.clone(), answered.clone(), routed.ask(number % 2 == 0));
-            tokio::spawn(async move {
+            let answered = Arc::new(AtomicUsize::new(0));
+            let (stop, count, request) =
+                (stop.clone(), answered.clone(), routed.ask(number.is_multiple_of(2)));
+            let task = tokio::spawn(async move {
                 while !stop.load(Ordering::SeqCst) {
                     let answer = request.try_clone().unwrap().send().await.unwrap();
                     assert_eq!(answer.status().as_u16(), 200);
                     answer.bytes().await.unwrap();
-                    answered.fetch_add(1, Ordering::SeqCst);
+                    count.fetch_add(1, Ordering::SeqCst);
                 }
-            })
+            });
+            (answered, task)
         };
-        let clients = (0..4).map(client).collect();
+        let (answered, clients) = (0..4).map(client).unzip();
         Self { stop, answered, clients }
     }
 
-    /// Waits for that many more answers.
+    /// Waits until every client has that many more answers.
     async fn goes_on(&self, count: usize) {
-        let before = self.answered.load(Ordering::SeqCst);
-        until(async || self.answered.load(Ordering::SeqCst) >= before + count).await;
+        let now = || self.answered.iter().map(|answered| answered.load(Ordering::SeqCst));
+        let before: Vec<usize> = now().collect();
+        until(async || now().zip(&before).all(|(now, before)| now >= before + count)).await;
     }
 
     /// Stops, and fails if any request did.
@@ -82,15 +87,16 @@ async fn changes_under_load(
     list(&routed, &[first]).await;
     has_ready(&routed, 1).await;
     let load = Load::start(&routed);
-    load.goes_on(20).await;
+    load.goes_on(5).await;
     list(&routed, &[first, second]).await;
     has_ready(&routed, 2).await;
     until(async || second.came() > 10).await;
     list(&routed, &[second]).await;
     has_ready(&routed, 1).await;
-    until(async || first.inside() == 0).await;
+    // What was on its way there has ended once every client has two answers more.
+    load.goes_on(2).await;
     let came = first.came();
-    load.goes_on(50).await;
+    load.goes_on(10).await;
     assert_eq!(first.came(), came, "it has left");
     load.ends().await;
 }
@@ -299,7 +305,7 @@ async fn an_api_server_in_trouble_changes_nothing_and_is_followed_again() {
         let asked = cluster.api.lists() + cluster.api.watches();
         cluster.api.trouble(trouble);
         until(async || cluster.api.lists() + cluster.api.watches() > asked + 1).await;
-        load.goes_on(10).await;
+        load.goes_on(3).await;
         assert_eq!(routed.health().await["replicas_ready"], 1, "{trouble:?}");
         let now = only.next().unwrap();
         cluster.api.put("a", &[(now.address, ready())]);
