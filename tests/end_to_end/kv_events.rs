@@ -81,7 +81,7 @@ async fn the_same_over_zeromq_with_a_replay_of_what_was_before() {
     let (publish, replay) = (free_port(), free_port());
     let (to, from) = (format!("tcp://127.0.0.1:{publish}"), format!("tcp://127.0.0.1:{replay}"));
     let flags = ["--kv-events-zmq", to.as_str(), "--kv-events-replay", from.as_str()];
-    let replica = Server::start(&[REPLICA, &flags].concat()).await;
+    let replica = Server::start(&[REPLICA, &flags[..]].concat()).await;
     replica.ok("/v1/completions", &body(0)).await;
     let flags = [
         "--kv-events",

@@ -127,6 +127,7 @@ impl Gateway {
         let prompt = Prompt {
             tokens: ask.prompt_tokens(),
             chain,
+            is_exact: true,
             session,
             sequences: 1,
             output_tokens: ask.output_tokens,

@@ -425,9 +425,9 @@ mod tests {
             let table = fleet.decide(now, prompt, &all).unwrap().table;
             table.iter().map(|terms| terms.matched_tokens).sum::<u32>()
         };
-        assert_eq!(matched(&mut fleet, Duration::ZERO, &told), 64);
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &told), 63, "one token is always computed");
         drop(fleet.dispatch(replica, &sent, 0));
-        assert_eq!(matched(&mut fleet, Duration::ZERO, &sent), 64, "it is expected");
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &sent), 63, "it is expected");
         fleet.stored(replica, sent.chain[0]);
         assert_eq!(
             matched(&mut fleet, crate::choice::expected::PATIENCE, &sent),
@@ -439,7 +439,7 @@ mod tests {
 
         let guess = Prompt { is_exact: false, ..prompt(90_000, 64) };
         drop(fleet.dispatch(replica, &guess, 0));
-        assert_eq!(matched(&mut fleet, 10 * crate::choice::expected::PATIENCE, &guess), 64);
+        assert_eq!(matched(&mut fleet, 10 * crate::choice::expected::PATIENCE, &guess), 63);
     }
 
     #[test]

@@ -326,7 +326,8 @@ mod tests {
         drop(reader);
         assert!(!push(&log, UNHEARD_BATCHES));
         let id = log.id().to_owned();
-        for from in [next, log.lock().next - 1, log.lock().next] {
+        let last = log.lock().next;
+        for from in [next, last - 1, last] {
             assert!(matches!(log.attach(Some((&id, from))), Start::Ask(_)), "{from}");
         }
         assert_eq!(log.lock().readers, 0);
