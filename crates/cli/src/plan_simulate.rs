@@ -184,7 +184,7 @@ fn kind(plan: &CapacityPlan) -> Result<ReplicaKind, Error> {
     let utilisation = plan.assumptions.memory_utilisation;
     let tokens = plan.assumptions.input_tokens + plan.assumptions.output_tokens;
     let pool = kv_pool(shape, hardware, gpus, utilisation, BLOCK_SIZE, 2 * tokens)?;
-    let max_running = plan.assumptions.max_running.unwrap_or(256).clamp(1, 1 << 16) as u32;
+    let max_running = plan.assumptions.max_running.unwrap_or(256).clamp(1, 1 << 16);
     let room = pool.num_blocks.saturating_mul(BLOCK_SIZE);
     Ok(ReplicaKind {
         cost: CostModel::new(shape, hardware, gpus)?,
