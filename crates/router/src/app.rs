@@ -17,6 +17,9 @@ use crate::limits::Limits;
 use crate::limits::queue::Gate;
 use crate::metrics::RouterMetrics;
 use crate::options::{RouterOptions, Timeouts};
+use crate::parity::desk::Desk;
+use crate::parity::tokeniser::Tokenisers;
+use crate::parity::watch::Watch;
 use crate::proxy::budget::Budget;
 use crate::proxy::hedge::FirstBytes;
 use crate::proxy::hold::Hold;
@@ -36,6 +39,7 @@ pub struct App {
     pub hedge_quantile: Option<f64>,
     pub max_waiting: usize,
     pub budget: Budget,
+    pub desk: Desk,
     pub first_bytes: FirstBytes,
     pub hold: Hold,
     pub decisions: Decisions,
@@ -70,9 +74,17 @@ impl App {
             value.iter_mut().for_each(|value| value.set_sensitive(true));
             value.map_err(|_| UnusableKey { number: 1 })
         });
+        let replica_key = replica_key.transpose()?;
+        let watch = Arc::new(Watch {
+            registry: registry.clone(),
+            client: client.clone(),
+            key: replica_key.clone(),
+            options: options.parity.clone(),
+            tokenisers: Tokenisers::default(),
+        });
         let slots = options.max_in_flight_per_replica;
         Ok(Self {
-            members: Arc::new(Members::new(registry.clone(), client.clone(), options.probe.clone())),
+            members: Arc::new(Members::new(registry.clone(), client.clone(), options.probe.clone(), watch)),
             client,
             metrics: options.metrics.clone(),
             policy: options.fleet.policy,
@@ -82,13 +94,14 @@ impl App {
             hedge_quantile: options.hedge_quantile,
             max_waiting: options.max_waiting,
             budget: Budget::default(),
+            desk: Desk::new(options.parity.tokenise_timeout, options.metrics.clone()),
             first_bytes: FirstBytes::default(),
             hold: Hold::new(options.hold, options.metrics.clone()),
             decisions: Decisions::default(),
             limits: Arc::new(Limits::new(&limits, registry.now())),
             gate: Arc::new(Gate::new(slots, options.max_waiting)),
             answers: Arc::new(Answers::new(options.idempotency_window)),
-            replica_key: replica_key.transpose()?,
+            replica_key,
             inside: TaskTracker::new(),
             cut: CancellationToken::new(),
             keys: ApiKeys::new(&secrets)?,

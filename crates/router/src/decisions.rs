@@ -22,6 +22,8 @@ pub struct Explained {
     pub at_seconds: f64,
     pub policy: &'static str,
     pub reason: &'static str,
+    /// What the match was found by: `tokens`, the replica's own, or `text`.
+    pub hashing: &'static str,
     pub replica: String,
     /// 1 for the first attempt.
     pub attempt: u32,
@@ -47,6 +49,7 @@ impl Explained {
     pub fn new(
         decision: &Decision,
         policy: &'static str,
+        hashing: &'static str,
         prompt_tokens: u32,
         attempt: u32,
         request_id: &str,
@@ -75,6 +78,7 @@ impl Explained {
             request_id: request_id.to_owned(),
             at_seconds: at.as_secs_f64(),
             policy,
+            hashing,
             reason: decision.reason.name(),
             replica: name(decision.replica),
             attempt,
@@ -97,8 +101,14 @@ impl Explained {
             )
         });
         format!(
-            "replica={}; policy={}; reason={}; attempt={}; matched={}/{}{terms}",
-            self.replica, self.policy, self.reason, self.attempt, self.matched_tokens, self.prompt_tokens
+            "replica={}; policy={}; reason={}; attempt={}; matched={}/{}; hashing={}{terms}",
+            self.replica,
+            self.policy,
+            self.reason,
+            self.attempt,
+            self.matched_tokens,
+            self.prompt_tokens,
+            self.hashing
         )
     }
 }
@@ -141,9 +151,16 @@ mod tests {
         };
         let table = (0..20).map(|replica| terms(replica, f64::from(20 - replica))).collect();
         let decision = Decision { replica: ReplicaId(3), reason: Reason::Prefix, table };
-        Explained::new(&decision, "cost", 100, 1, &number.to_string(), Duration::from_secs(2), |replica| {
-            format!("http://r{}:80", replica.0)
-        })
+        Explained::new(
+            &decision,
+            "cost",
+            "tokens",
+            100,
+            1,
+            &number.to_string(),
+            Duration::from_secs(2),
+            |replica| format!("http://r{}:80", replica.0),
+        )
     }
 
     #[test]
@@ -154,7 +171,7 @@ mod tests {
         assert_eq!(order.len(), TERMS);
         assert_eq!(
             explained(1).header(),
-            "replica=http://r3:80; policy=cost; reason=prefix; attempt=1; matched=64/100; prefill=0.500000; \
+            "replica=http://r3:80; policy=cost; reason=prefix; attempt=1; matched=64/100; hashing=tokens; prefill=0.500000; \
              queue=17.000000; imposed=0.000000; decode=0.000000; memory=0.000000"
         );
     }

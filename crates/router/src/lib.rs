@@ -1,7 +1,7 @@
 //! The prefix-aware router: the choice of a replica as a pure function, and the proxy around it.
 //!
 //! The way of a request: `routes` (read it) - `prompt` (what it says) - `limits` (what its key may use, whose turn it
-//! is) - `replicas::registry` over `choice` (where it goes) - `proxy` (there and back). `discovery` says which replicas
+//! is) - `parity::desk` (its tokens) - `replicas::registry` over `choice` (where it goes) - `proxy` (there and back). `discovery` says which replicas
 //! there are, `replicas::probe` how they are.
 
 mod app;
@@ -13,6 +13,7 @@ pub mod idempotency;
 pub mod limits;
 pub mod metrics;
 pub mod options;
+pub mod parity;
 pub mod prompt;
 pub mod proxy;
 pub mod replicas;

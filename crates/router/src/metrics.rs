@@ -67,6 +67,28 @@ impl Fault {
     }
 }
 
+/// What became of a prompt that was to be tokenised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tokenising {
+    Done,
+    /// It took too long: the request went on without.
+    Late,
+    /// The request is wrong, or one that only the replica can read.
+    Unreadable,
+}
+
+impl Tokenising {
+    const ALL: [Self; 3] = [Self::Done, Self::Late, Self::Unreadable];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Late => "late",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
 /// All series of one router.
 pub struct RouterMetrics {
     series: Series,
@@ -81,6 +103,10 @@ pub struct RouterMetrics {
     pub requests_waiting: IntGauge,
     pub requests_in_flight: IntGauge,
     pub held_seconds: Histogram,
+    pub tokenise_seconds: Histogram,
+    tokenised: IntCounterVec,
+    pub token_count_mismatches: IntCounter,
+    token_parity: IntGaugeVec,
     pub decision_seconds: Histogram,
     pub added_latency_seconds: Histogram,
     pub time_to_first_byte_seconds: Histogram,
@@ -114,6 +140,10 @@ impl RouterMetrics {
             requests_waiting: make.gauge(&names::REQUESTS_WAITING)?,
             requests_in_flight: make.gauge(&names::REQUESTS_IN_FLIGHT)?,
             held_seconds: make.histogram(&names::HELD_SECONDS)?,
+            tokenise_seconds: make.histogram(&names::TOKENISE_SECONDS)?,
+            tokenised: make.counters(&names::TOKENISED, &["outcome"])?,
+            token_count_mismatches: make.counter(&names::TOKEN_COUNT_MISMATCHES)?,
+            token_parity: make.gauges(&names::TOKEN_PARITY, &["replica"])?,
             decision_seconds: make.histogram(&names::DECISION_SECONDS)?,
             added_latency_seconds: make.histogram(&names::ADDED_LATENCY_SECONDS)?,
             time_to_first_byte_seconds: make.histogram(&names::TIME_TO_FIRST_BYTE_SECONDS)?,
@@ -137,6 +167,9 @@ impl RouterMetrics {
     /// Series that have not moved are shown at zero.
     fn touch(&self, policy: Policy) {
         Outcome::ALL.iter().for_each(|outcome| self.requests.with_label_values(&[outcome.name()]).inc_by(0));
+        Tokenising::ALL
+            .iter()
+            .for_each(|outcome| self.tokenised.with_label_values(&[outcome.name()]).inc_by(0));
         Fault::ALL.iter().for_each(|fault| self.faults.with_label_values(&[fault.name()]).inc_by(0));
         ["requests", "tokens"].iter().for_each(|limit| self.limited.with_label_values(&[limit]).inc_by(0));
         for reason in [Reason::Only, Reason::Prefix, Reason::Spill, Reason::Load, Reason::Hash, Reason::Turn]
@@ -147,6 +180,10 @@ impl RouterMetrics {
 
     pub fn ended(&self, outcome: Outcome) {
         self.requests.with_label_values(&[outcome.name()]).inc();
+    }
+
+    pub fn tokenised(&self, outcome: Tokenising) {
+        self.tokenised.with_label_values(&[outcome.name()]).inc();
     }
 
     pub fn fault(&self, fault: Fault) {
@@ -166,6 +203,7 @@ impl RouterMetrics {
     pub fn observe_replicas(&self, replicas: &[ReplicaView]) {
         self.replica_in_flight.reset();
         self.breaker_state.reset();
+        self.token_parity.reset();
         self.replica_index_blocks.reset();
         for health in ["unknown", "ready", "not_ready"] {
             let count = replicas.iter().filter(|replica| replica.health == health).count();
@@ -175,6 +213,12 @@ impl RouterMetrics {
             let labels = [replica.url.as_str()];
             self.replica_in_flight.with_label_values(&labels).set(replica.in_flight.into());
             self.replica_index_blocks.with_label_values(&labels).set(replica.index_blocks.into());
+            let parity = match replica.parity {
+                "kept" => 1,
+                "lost" => 0,
+                _ => -1,
+            };
+            self.token_parity.with_label_values(&labels).set(parity);
             let state = match replica.breaker {
                 "closed" => 0,
                 "half_open" => 1,
@@ -277,6 +321,9 @@ mod tests {
             url: format!("http://r:{port}"),
             health: "ready",
             breaker: "open",
+            parity: "lost",
+            parity_detail: Some("canary".into()),
+            hashing: "text",
             in_flight,
             pending_prefill_tokens: 0,
             decoding: 0,
@@ -314,6 +361,7 @@ mod tests {
         for line in [
             "servelab_router_replicas{health=\"ready\"} 2",
             "servelab_router_imbalance 1.5",
+            "servelab_router_token_parity{replica=\"http://r:1\"} 0",
             "servelab_router_breaker_state{replica=\"http://r:1\"} 2",
             "servelab_router_replica_in_flight{replica=\"http://r:1\"} 3",
             "servelab_router_requests_total{outcome=\"answered\"} 0",

@@ -9,6 +9,7 @@ use servelab_telemetry::Secret;
 use crate::choice::fleet::FleetOptions;
 use crate::limits::KeyLimits;
 use crate::metrics::RouterMetrics;
+use crate::parity::watch::ParityOptions;
 use crate::replicas::address::Address;
 use crate::replicas::probe::ProbeOptions;
 
@@ -75,6 +76,7 @@ pub struct RouterOptions {
     pub sources: Vec<Source>,
     pub fleet: FleetOptions,
     pub probe: ProbeOptions,
+    pub parity: ParityOptions,
     pub timeouts: Timeouts,
     pub hold: HoldOptions,
     /// Attempts at other replicas after the first.

@@ -30,12 +30,51 @@ pub struct FleetOptions {
     pub prior: Pace,
 }
 
+/// Names a tokenizer with its chat template: a hash over its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TokeniserId(pub u128);
+
+/// What the blocks of a replica are known by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hashing {
+    /// Pieces of text: see [`crate::prompt`].
+    #[default]
+    Text,
+    /// The token ids that the replica computes.
+    Tokens(TokeniserId),
+}
+
+impl Hashing {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Tokens(_) => "tokens",
+        }
+    }
+}
+
+/// A request's prompts as a tokenizer cuts them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exact {
+    pub tokeniser: TokeniserId,
+    /// Of all prompts.
+    pub tokens: u32,
+    /// Of the first one, whose chain it is.
+    pub first_tokens: u32,
+    pub chain: Vec<BlockHash>,
+}
+
 /// A request as the choice sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
+    /// Of all its prompts, as well as the router can count.
     pub tokens: u32,
-    /// Hashes of its full blocks; empty if it was not read.
+    /// Pieces of text of all its prompts, which is what `tokens` is as long as nobody has tokenised them. 0: the same.
+    pub pieces: u32,
+    /// Hashes of the full blocks of the first prompt's text; empty if it was not read.
     pub chain: Vec<BlockHash>,
+    /// The same in tokens, for each tokenizer that the replicas have.
+    pub exact: Vec<Exact>,
     /// A hash of the session's name, if the request has one.
     pub session: Option<u64>,
     /// Answers that are generated.
@@ -44,9 +83,41 @@ pub struct Prompt {
     pub output_tokens: u32,
 }
 
+impl Prompt {
+    pub fn exact(&self, tokeniser: TokeniserId) -> Option<&Exact> {
+        self.exact.iter().find(|exact| exact.tokeniser == tokeniser)
+    }
+
+    /// The blocks by which a replica knows it; none if it was not tokenised for that one.
+    fn chain(&self, hashing: Hashing) -> &[BlockHash] {
+        match hashing {
+            Hashing::Text => &self.chain,
+            Hashing::Tokens(tokeniser) => self.exact(tokeniser).map_or(&[], |exact| &exact.chain),
+        }
+    }
+
+    /// The tokens that `blocks` blocks of `size` stand for, on a replica with blocks of `own`.
+    fn matched_tokens(&self, hashing: Hashing, blocks: u32, size: u32, own: u32) -> u32 {
+        let matched = u64::from(blocks) * u64::from(size);
+        let tokens = match hashing {
+            Hashing::Text if self.pieces > 0 => matched * u64::from(self.tokens) / u64::from(self.pieces),
+            Hashing::Text => matched,
+            // A replica holds whole blocks of its own, and computes at least one token of a prompt that it holds whole.
+            Hashing::Tokens(tokeniser) => {
+                let most = self.exact(tokeniser).map_or(0, |exact| exact.first_tokens.saturating_sub(1));
+                matched.min(most.into()) / u64::from(own.max(1)) * u64::from(own.max(1))
+            }
+        };
+        u32::try_from(tokens).unwrap_or(u32::MAX)
+    }
+}
+
 /// A replica.
 #[derive(Debug)]
 struct Member {
+    hashing: Hashing,
+    /// Tokens per block of its cache.
+    block_size: u32,
     /// A hash of its address.
     key: u64,
     load: Arc<Load>,
@@ -65,6 +136,7 @@ pub struct Fleet {
     prior: Pace,
     /// Kept between lookups.
     matches: Matches,
+    exact_matches: Matches,
 }
 
 /// Blocks of a replica that has not told how many it has: as many as fit into the index.
@@ -80,6 +152,7 @@ impl Fleet {
             block_size: options.block_size,
             prior: options.prior,
             matches: Matches::default(),
+            exact_matches: Matches::default(),
         }
     }
 
@@ -104,7 +177,8 @@ impl Fleet {
         let place = self.members.iter().position(Option::is_none)?;
         let replica = ReplicaId(place as u8);
         let (rates, latency) = (Rates::default(), PeakEwma::default());
-        self.members[place] = Some(Member { key, load: Arc::default(), rates, latency });
+        let (hashing, block_size) = (Hashing::default(), self.block_size);
+        self.members[place] = Some(Member { hashing, block_size, key, load: Arc::default(), rates, latency });
         self.present.insert(replica);
         self.index.add(replica, UNKNOWN_LIMIT);
         Some(replica)
@@ -123,6 +197,29 @@ impl Fleet {
         member.load.set_capacity(tokens);
         let blocks = tokens / u64::from(self.block_size.max(1));
         self.index.add(replica, u32::try_from(blocks).unwrap_or(UNKNOWN_LIMIT));
+    }
+
+    /// The replica has told how many tokens a block of its cache has.
+    pub fn set_block_size(&mut self, replica: ReplicaId, tokens: u32) {
+        if let Some(member) = self.member_mut(replica) {
+            member.block_size = tokens;
+        }
+    }
+
+    /// What the replica's blocks are known by from now on. What was known by another name is forgotten. True if it
+    /// is a change.
+    pub fn set_hashing(&mut self, replica: ReplicaId, hashing: Hashing) -> bool {
+        let Some(member) = self.member_mut(replica) else { return false };
+        let changed = std::mem::replace(&mut member.hashing, hashing) != hashing;
+        if changed {
+            self.index.clear(replica);
+        }
+        changed
+    }
+
+    /// What the replica's blocks are known by.
+    pub fn hashing(&self, replica: ReplicaId) -> Hashing {
+        self.member(replica).map_or(Hashing::default(), |member| member.hashing)
     }
 
     /// The replica's cache is empty: it was reset, or the replica was started anew.
@@ -176,6 +273,14 @@ impl Fleet {
     pub fn decide(&mut self, now: Duration, prompt: &Prompt, eligible: &ReplicaSet) -> Option<Decision> {
         let mut matches = std::mem::take(&mut self.matches);
         self.index.matches(&prompt.chain, &mut matches);
+        // A replica that is known by tokens holds no block of a text, and the other way round.
+        for exact in &prompt.exact {
+            self.index.matches(&exact.chain, &mut self.exact_matches);
+            let known_by = Hashing::Tokens(exact.tokeniser);
+            for replica in self.present.iter().filter(|replica| self.hashing(*replica) == known_by) {
+                matches.set(replica, self.exact_matches.of(replica));
+            }
+        }
         let decision = self.decide_with(now, prompt, eligible, &matches);
         self.matches = matches;
         decision
@@ -198,7 +303,12 @@ impl Fleet {
                 load: member.load.view(),
                 pace: member.rates.pace(mean),
                 latency_seconds: member.latency.seconds(now),
-                matched_tokens: matches.of(replica).saturating_mul(self.block_size),
+                matched_tokens: prompt.matched_tokens(
+                    member.hashing,
+                    matches.of(replica),
+                    self.block_size,
+                    member.block_size,
+                ),
             })
         };
         let candidates: Vec<Candidate> = self.present.and(eligible).iter().filter_map(candidate).collect();
@@ -214,7 +324,7 @@ impl Fleet {
     /// hold its prompt. `None` if the replica is gone.
     pub fn dispatch(&mut self, replica: ReplicaId, prompt: &Prompt, matched_tokens: u32) -> Option<Dispatch> {
         let load = self.load(replica)?.clone();
-        self.index.touch(replica, &prompt.chain);
+        self.index.touch(replica, prompt.chain(self.hashing(replica)));
         let sequences = prompt.sequences.max(1);
         let answers = u64::from(prompt.output_tokens / 2) * u64::from(sequences);
         Some(load.dispatch(Work {
@@ -254,7 +364,8 @@ mod tests {
 
     fn prompt(first: u32, tokens: u32) -> Prompt {
         let ids: Vec<u32> = (first..first + tokens).collect();
-        Prompt { tokens, chain: hash_blocks(&ids, 16, 0), sequences: 1, output_tokens: 100, session: None }
+        let chain = hash_blocks(&ids, 16, 0);
+        Prompt { tokens, chain, sequences: 1, output_tokens: 100, ..Prompt::default() }
     }
 
     fn send(fleet: &mut Fleet, prompt: &Prompt, eligible: &ReplicaSet) -> (Decision, Dispatch) {
@@ -305,6 +416,43 @@ mod tests {
         let terms = fleet.decide(Duration::ZERO, &shared, &all).unwrap().table;
         let of_newcomer = terms.iter().find(|terms| terms.replica == newcomer).unwrap();
         assert_eq!((of_newcomer.matched_tokens, of_newcomer.queue_seconds), (0, 0.0));
+    }
+
+    /// The same prompt as text of four pieces a token, and as tokens.
+    fn tokenised(first: u32, tokens: u32, tokeniser: TokeniserId) -> Prompt {
+        let Prompt { chain, .. } = prompt(first, tokens);
+        let exact = Exact { tokeniser, tokens, first_tokens: tokens, chain };
+        Prompt { tokens, pieces: 4 * tokens, exact: vec![exact], ..prompt(first + 1_000_000, 4 * tokens) }
+    }
+
+    #[test]
+    fn each_replica_is_matched_by_what_its_blocks_are_known_by() {
+        let (mut fleet, all) = fleet(Policy::Cost, 2);
+        let [by_tokens, by_text] = all.iter().collect::<Vec<_>>().try_into().unwrap();
+        let id = TokeniserId(7);
+        assert!(
+            fleet.set_hashing(by_tokens, Hashing::Tokens(id)) && !fleet.set_hashing(by_text, Hashing::Text)
+        );
+        let prompt = tokenised(0, 320, id);
+        for replica in [by_tokens, by_text] {
+            drop(fleet.dispatch(replica, &prompt, 0));
+        }
+        let matched = |fleet: &mut Fleet, prompt: &Prompt| {
+            let table = fleet.decide(Duration::ZERO, prompt, &all).unwrap().table;
+            [by_tokens, by_text]
+                .map(|id| table.iter().find(|terms| terms.replica == id).unwrap().matched_tokens)
+        };
+        assert_eq!(matched(&mut fleet, &prompt), [304, 319], "of a whole prompt one token is computed");
+        let other_tokeniser = tokenised(0, 320, TokeniserId(8));
+        assert_eq!(matched(&mut fleet, &other_tokeniser), [0, 319]);
+        let not_tokenised = Prompt { exact: Vec::new(), tokens: 1280, ..prompt.clone() };
+        assert_eq!(matched(&mut fleet, &not_tokenised), [0, 1279]);
+        fleet.set_block_size(by_tokens, 64);
+        assert_eq!(matched(&mut fleet, &prompt), [256, 319], "its blocks are larger");
+        assert!(fleet.set_hashing(by_tokens, Hashing::Text), "parity is lost");
+        assert_eq!(matched(&mut fleet, &prompt), [0, 319]);
+        drop(fleet.dispatch(by_tokens, &prompt, 0));
+        assert_eq!(matched(&mut fleet, &prompt), [319, 319], "text hashing still finds it");
     }
 
     #[test]

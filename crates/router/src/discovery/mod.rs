@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 use crate::options::Source;
+use crate::parity::watch::Watch;
 use crate::replicas::address::Address;
 use crate::replicas::client::Client;
 use crate::replicas::probe::{self, ProbeOptions};
@@ -22,12 +23,13 @@ pub struct Members {
     registry: Arc<Registry>,
     client: Client,
     probe: Arc<ProbeOptions>,
+    parity: Arc<Watch>,
     listed: Mutex<BTreeMap<usize, BTreeSet<Address>>>,
 }
 
 impl Members {
-    pub fn new(registry: Arc<Registry>, client: Client, probe: ProbeOptions) -> Self {
-        Self { registry, client, probe: Arc::new(probe), listed: Mutex::default() }
+    pub fn new(registry: Arc<Registry>, client: Client, probe: ProbeOptions, parity: Arc<Watch>) -> Self {
+        Self { registry, client, probe: Arc::new(probe), parity, listed: Mutex::default() }
     }
 
     /// The source `number` lists these now, and no others.
@@ -69,6 +71,7 @@ impl Members {
     /// Takes it into the registry and asks it from now on how it is.
     fn join(&self, address: &Address) -> Result<bool, TooMany> {
         let Some(replica) = self.registry.add(address)? else { return Ok(false) };
+        tokio::spawn(self.parity.clone().follow(replica.clone()));
         tokio::spawn(probe::watch(self.registry.clone(), replica, self.client.clone(), self.probe.clone()));
         Ok(true)
     }
@@ -98,6 +101,8 @@ mod tests {
     use crate::choice::fleet::FleetOptions;
     use crate::choice::policy::Policy;
     use crate::choice::rates::Pace;
+    use crate::parity::tokeniser::Tokenisers;
+    use crate::parity::watch::ParityOptions;
     use crate::replicas::client::client;
 
     pub(super) fn members() -> (Arc<Members>, Arc<Registry>) {
@@ -109,7 +114,14 @@ mod tests {
             prior: Pace::default(),
         }));
         let client = client(Duration::from_millis(100));
-        (Arc::new(Members::new(registry.clone(), client, ProbeOptions::default())), registry)
+        let watch = Arc::new(Watch {
+            registry: registry.clone(),
+            client: client.clone(),
+            key: None,
+            options: ParityOptions::default(),
+            tokenisers: Tokenisers::default(),
+        });
+        (Arc::new(Members::new(registry.clone(), client, ProbeOptions::default(), watch)), registry)
     }
 
     fn set(ports: &[u16]) -> BTreeSet<Address> {

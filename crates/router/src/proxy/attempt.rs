@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::headers::remove_hop_by_hop;
 use super::stream::Causes;
 use crate::app::App;
+use crate::choice::fleet::Hashing;
 use crate::choice::load::Dispatch;
 use crate::choice::picker::Decision;
 use crate::errors::RouterError;
@@ -43,6 +44,7 @@ pub struct Outgoing {
 pub struct Choice {
     pub replica: Arc<Replica>,
     pub decision: Decision,
+    pub hashing: Hashing,
 }
 
 /// An answer that has begun.
@@ -78,8 +80,8 @@ impl Failed {
 /// # Errors
 /// If another replica may do better.
 pub async fn attempt(app: &App, outgoing: &Outgoing, chosen: Chosen) -> Result<Begun, Failed> {
-    let Chosen { replica, decision, mut dispatch, mut ticket } = chosen;
-    let chosen = Choice { replica, decision };
+    let Chosen { replica, decision, hashing, mut dispatch, mut ticket } = chosen;
+    let chosen = Choice { replica, decision, hashing };
     let began = Instant::now();
     // An answer that comes whole does not show when its prompt was computed; then the estimate has to do.
     let prefill = chosen.decision.terms().map_or(0.0, |terms| terms.prefill_seconds + terms.queue_seconds);

@@ -18,11 +18,13 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, request, response};
 use rand::Rng;
+use serde_json::Value;
 
-use self::attempt::{Beginning, Begun, Failed, Outgoing, attempt, request_id};
-use self::flight::{Admission, Flight, Visit};
+use self::attempt::{Beginning, Begun, Choice, Failed, Outgoing, attempt, request_id};
+use self::flight::{Admission, Expected, Flight, Visit};
 use self::stream::AnswerBody;
 use crate::app::App;
+use crate::choice::fleet::{Hashing, TokeniserId};
 use crate::choice::replica_set::ReplicaSet;
 use crate::decisions::Explained;
 use crate::errors::RouterError;
@@ -74,17 +76,25 @@ pub fn generates(parts: &request::Parts) -> bool {
     parts.method == Method::POST && matches!(parts.uri.path(), "/v1/chat/completions" | "/v1/completions")
 }
 
-/// Reads what the choice needs of a request; nothing of one that generates nothing.
-pub async fn asked(incoming: &Incoming) -> Asked {
+/// Reads what the choice needs of a request, and tokenises it if replicas have parity; nothing of one that generates
+/// nothing.
+pub async fn asked(app: &App, incoming: &Incoming) -> Asked {
     let Incoming { parts, body, .. } = incoming;
     if !generates(parts) {
         return Asked::default();
     }
-    if body.len() <= READ_INLINE_BYTES {
-        return prompt::read(body, &parts.headers);
-    }
-    let (body, headers) = (body.clone(), parts.headers.clone());
-    tokio::task::spawn_blocking(move || prompt::read(&body, &headers)).await.unwrap_or_default()
+    let read = |body: &[u8], headers: &HeaderMap| {
+        let value: Value = serde_json::from_slice(body).unwrap_or_default();
+        (prompt::read(&value, headers), value)
+    };
+    let (mut asked, value) = if body.len() <= READ_INLINE_BYTES {
+        read(body, &parts.headers)
+    } else {
+        let (body, headers) = (body.clone(), parts.headers.clone());
+        tokio::task::spawn_blocking(move || read(&body, &headers)).await.unwrap_or_default()
+    };
+    asked.set_exact(app.desk.exact(value, body.len(), app.registry.tokenisers()).await);
+    asked
 }
 
 /// The answer of some replica, or why there is none.
@@ -110,7 +120,20 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
 /// The router's estimates of a request, and when its answer must be there.
 struct Estimate {
     prompt_tokens: u32,
+    exact: Vec<(TokeniserId, u32)>,
     end: tokio::time::Instant,
+}
+
+impl Estimate {
+    /// What is expected of the replica that was chosen.
+    fn of(&self, chosen: &Choice) -> Expected {
+        let exact = self.exact.iter().find(|(tokeniser, _)| chosen.hashing == Hashing::Tokens(*tokeniser));
+        Expected {
+            prompt_tokens: self.prompt_tokens,
+            hit_tokens: chosen.decision.terms().map_or(0, |terms| terms.matched_tokens),
+            exact_tokens: exact.map(|(_, tokens)| *tokens),
+        }
+    }
 }
 
 type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate, Option<Explained>);
@@ -119,7 +142,8 @@ async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Re
     let Incoming { parts, body, key } = incoming;
     let admission = admit(app, &parts, key, &asked).await?;
     let end = tokio::time::Instant::now() + app.timeouts.total;
-    let estimate = Estimate { prompt_tokens: asked.prompt.tokens, end };
+    let exact = asked.prompt.exact.iter().map(|exact| (exact.tokeniser, exact.tokens)).collect();
+    let estimate = Estimate { prompt_tokens: asked.prompt.tokens, exact, end };
     let explains = parts.headers.contains_key(DECISION_HEADER);
     let outgoing = Outgoing { parts, body, asked, end };
     app.budget.earn();
@@ -239,6 +263,7 @@ fn note(app: &App, outgoing: &Outgoing, chosen: &Chosen, number: u32) -> Explain
     let explained = Explained::new(
         &chosen.decision,
         policy.name(),
+        chosen.hashing.name(),
         outgoing.asked.prompt.tokens,
         number,
         request_id(&outgoing.parts),
@@ -317,18 +342,17 @@ fn answer(
         &mut begun.parts.headers,
     );
     let Begun { chosen, dispatch, ticket, parts, body } = begun;
-    let matched = chosen.decision.terms().map_or(0, |terms| terms.matched_tokens);
     let is_success = parts.status.is_success();
-    let mut flight =
-        Flight::new(visit, admission, dispatch, ticket, is_success, estimate.prompt_tokens, matched);
+    let expected = estimate.of(&chosen);
+    let mut flight = Flight::new(visit, admission, dispatch, ticket, is_success, expected);
     let body = match body {
         Beginning::Whole(bytes) => {
             flight.answered(usage::of_answer(&bytes));
             AnswerOf::Whole(bytes)
         }
         Beginning::Streams { is_events, first, rest } => {
-            let cut = app.cut.clone().cancelled_owned();
-            let body = AnswerBody::new(first, rest, is_events, app.timeouts, estimate.end, cut, flight);
+            let body =
+                AnswerBody::new(first, rest, is_events, app.timeouts, estimate.end, app.cut.clone(), flight);
             AnswerOf::Stream(Box::new(body))
         }
     };

@@ -5,16 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
 use super::breaker::{Breaker, BreakerState};
 use super::exposition::Exposition;
-use crate::choice::fleet::{Fleet, FleetOptions, Prompt};
+use crate::choice::fleet::{Fleet, FleetOptions, Hashing, Prompt};
 use crate::choice::load::Dispatch;
 use crate::choice::picker::Decision;
 use crate::choice::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
+use crate::parity::Parity;
+use crate::parity::tokeniser::Tokeniser;
 
 /// Whether a replica may get requests, by its own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct Replica {
     pub address: Address,
     /// Cancelled when it is taken off the list.
     pub removed: CancellationToken,
+    /// Told when what it tokenises with may have changed.
+    pub check_parity: Notify,
     state: Mutex<State>,
 }
 
@@ -54,11 +58,17 @@ struct State {
     health: Health,
     breaker: Breaker,
     process_start_seconds: Option<f64>,
+    parity: Parity,
 }
 
 impl Replica {
     pub fn health(&self) -> Health {
         lock(&self.state).health
+    }
+
+    /// Whether the router tokenises as it does, by the last check.
+    pub fn parity(&self) -> Parity {
+        lock(&self.state).parity.clone()
     }
 }
 
@@ -74,6 +84,8 @@ pub struct TooMany;
 pub struct Chosen {
     pub replica: Arc<Replica>,
     pub decision: Decision,
+    /// What the match was found by.
+    pub hashing: Hashing,
     pub dispatch: Dispatch,
     pub ticket: Ticket,
 }
@@ -84,6 +96,12 @@ pub struct ReplicaView {
     pub url: String,
     pub health: &'static str,
     pub breaker: &'static str,
+    /// Whether the router tokenises as it does: `kept`, `lost` or `unknown`.
+    pub parity: &'static str,
+    /// Why it is not kept.
+    pub parity_detail: Option<String>,
+    /// What its blocks are known by: `tokens` or `text`.
+    pub hashing: &'static str,
     pub in_flight: u32,
     pub pending_prefill_tokens: u64,
     pub decoding: u32,
@@ -106,11 +124,16 @@ pub struct Registry {
 struct Inner {
     fleet: Fleet,
     replicas: BTreeMap<ReplicaId, Arc<Replica>>,
+    /// Those that prompts are tokenised with, because replicas do.
+    tokenisers: Vec<Arc<Tokeniser>>,
 }
+
+/// Tokenisers that a prompt goes through at most: one, and a second while a new model is rolled out.
+const MAX_TOKENISERS: usize = 2;
 
 impl Registry {
     pub fn new(options: FleetOptions) -> Self {
-        let inner = Inner { fleet: Fleet::new(options), replicas: BTreeMap::new() };
+        let inner = Inner { fleet: Fleet::new(options), replicas: BTreeMap::new(), tokenisers: Vec::new() };
         Self { start: Instant::now(), inner: Mutex::new(inner), changes: watch::Sender::new(0) }
     }
 
@@ -134,12 +157,17 @@ impl Registry {
             return Ok(None);
         }
         let id = inner.fleet.add(address.key()).ok_or(TooMany)?;
-        let state =
-            State { health: Health::Unknown, breaker: Breaker::default(), process_start_seconds: None };
+        let state = State {
+            health: Health::Unknown,
+            breaker: Breaker::default(),
+            process_start_seconds: None,
+            parity: Parity::Unknown,
+        };
         let replica = Arc::new(Replica {
             id,
             address: address.clone(),
             removed: CancellationToken::new(),
+            check_parity: Notify::new(),
             state: Mutex::new(state),
         });
         inner.replicas.insert(id, replica.clone());
@@ -159,6 +187,7 @@ impl Registry {
         replica.removed.cancel();
         inner.replicas.remove(&replica.id);
         inner.fleet.remove(replica.id);
+        inner.settle_tokenisers();
         tracing::info!(replica = %address, "a replica was removed");
         true
     }
@@ -204,7 +233,8 @@ impl Registry {
         let dispatch = inner.fleet.dispatch(replica.id, prompt, matched)?;
         let tries = lock(&replica.state).breaker.begin(now);
         let ticket = Ticket { registry: self.clone(), replica: replica.clone(), tries, told: false };
-        Some(Chosen { replica, decision, dispatch, ticket })
+        let hashing = inner.fleet.hashing(replica.id);
+        Some(Chosen { replica, decision, hashing, dispatch, ticket })
     }
 
     /// A health check has an answer.
@@ -219,8 +249,48 @@ impl Registry {
             state.health = health;
         }
         if ready {
+            replica.check_parity.notify_one();
             self.changed();
         }
+    }
+
+    /// What a check of the replica's tokens has found. A change is told in the log, a loss loudly.
+    pub fn set_parity(&self, replica: &Arc<Replica>, parity: Parity) {
+        let mut inner = lock(&self.inner);
+        if !inner.is_current(replica) {
+            return;
+        }
+        {
+            let before = &mut lock(&replica.state).parity;
+            // A question that got no clear answer changes nothing that is known; a new start has forgotten it already.
+            let is_known = matches!(before, Parity::Kept(_) | Parity::Lost(_));
+            if parity.is(before) || is_known && matches!(parity, Parity::Unclear(_)) {
+                return;
+            }
+            *before = parity.clone();
+        }
+        let (name, detail) = (&replica.address, parity.detail().unwrap_or_default());
+        match &parity {
+            Parity::Lost(_) => {
+                tracing::warn!(replica = %name, detail, "TOKEN PARITY LOST: the router tokenises \
+                prompts otherwise than this replica; it is matched by text until they agree")
+            }
+            Parity::Kept(_) => tracing::info!(replica = %name, "token parity: matched by its own tokens"),
+            Parity::Unclear(_) | Parity::Unknown => {
+                tracing::info!(replica = %name, detail, "token parity is not known; it is matched by text");
+            }
+        }
+        inner.settle_tokenisers();
+    }
+
+    /// The tokenisers whose tokens the choice can use.
+    pub fn tokenisers(&self) -> Vec<Arc<Tokeniser>> {
+        lock(&self.inner).tokenisers.clone()
+    }
+
+    /// What the replica's blocks are known by; precise events of its blocks say something only if it is by tokens.
+    pub fn hashing(&self, replica: &Replica) -> Hashing {
+        lock(&self.inner).fleet.hashing(replica.id)
     }
 
     /// What a replica exports, or `None` if it could not be read this time.
@@ -234,6 +304,9 @@ impl Registry {
         if let Some(tokens) = exposition.capacity_tokens {
             inner.fleet.set_capacity(replica.id, tokens);
         }
+        if let Some(tokens) = exposition.block_size {
+            inner.fleet.set_block_size(replica.id, tokens);
+        }
         inner.fleet.observe(replica.id, exposition.counters);
         if exposition.process_start_seconds.is_some() {
             let before = std::mem::replace(
@@ -243,6 +316,10 @@ impl Registry {
             if before.is_some() && before != exposition.process_start_seconds {
                 tracing::info!(replica = %replica.address, "it was started anew; its cache is empty");
                 inner.fleet.clear(replica.id);
+                // Perhaps with another model; until that is known again, by text.
+                lock(&replica.state).parity = Parity::Unknown;
+                inner.settle_tokenisers();
+                replica.check_parity.notify_one();
             }
         }
     }
@@ -271,6 +348,9 @@ impl Registry {
                 url: replica.address.to_string(),
                 health: state.health.name(),
                 breaker: state.breaker.state(now).name(),
+                parity: state.parity.name(),
+                parity_detail: state.parity.detail().map(str::to_owned),
+                hashing: inner.fleet.hashing(replica.id).name(),
                 in_flight: load.in_flight,
                 pending_prefill_tokens: load.pending_prefill_tokens,
                 decoding: load.decoding,
@@ -297,6 +377,32 @@ impl Inner {
     /// Whether the replica is still on the list, and its place not somebody else's by now.
     fn is_current(&self, replica: &Arc<Replica>) -> bool {
         self.replicas.get(&replica.id).is_some_and(|current| Arc::ptr_eq(current, replica))
+    }
+
+    /// Takes the tokenisers that most replicas have, and matches by tokens whoever has one of them.
+    fn settle_tokenisers(&mut self) {
+        let mut counts: Vec<(usize, Arc<Tokeniser>)> = Vec::new();
+        let kept: Vec<(ReplicaId, Option<Arc<Tokeniser>>)> = self
+            .replicas
+            .values()
+            .map(|replica| match replica.parity() {
+                Parity::Kept(tokeniser) => (replica.id, Some(tokeniser)),
+                Parity::Unknown | Parity::Unclear(_) | Parity::Lost(_) => (replica.id, None),
+            })
+            .collect();
+        for tokeniser in kept.iter().filter_map(|(_, tokeniser)| tokeniser.as_ref()) {
+            match counts.iter_mut().find(|(_, counted)| counted.id() == tokeniser.id()) {
+                Some((count, _)) => *count += 1,
+                None => counts.push((1, tokeniser.clone())),
+            }
+        }
+        counts.sort_by_key(|(count, tokeniser)| (std::cmp::Reverse(*count), tokeniser.id()));
+        self.tokenisers = counts.into_iter().map(|(_, tokeniser)| tokeniser).take(MAX_TOKENISERS).collect();
+        for (replica, tokeniser) in kept {
+            let used = tokeniser.filter(|own| self.tokenisers.iter().any(|used| used.id() == own.id()));
+            let hashing = used.map_or(Hashing::Text, |own| Hashing::Tokens(own.id()));
+            self.fleet.set_hashing(replica, hashing);
+        }
     }
 }
 
@@ -325,6 +431,13 @@ impl Ticket {
             let now = self.registry.now();
             lock(&self.replica.state).breaker.failed(now, self.tries);
         }
+    }
+}
+
+impl Ticket {
+    /// The replica counted other tokens than the router: it is asked again what it tokenises with.
+    pub fn doubt_parity(&self) {
+        self.replica.check_parity.notify_one();
     }
 }
 
@@ -421,5 +534,38 @@ mod tests {
         assert_eq!(registry.view()[0].index_blocks, 10);
         registry.observe(&replica, Some(&began(200.0)));
         assert_eq!(registry.view()[0].index_blocks, 0);
+    }
+
+    fn kept(template: &'static str) -> Parity {
+        Parity::Kept(Arc::new(Tokeniser::new(&crate::parity::tokeniser::tests::files(template)).unwrap()))
+    }
+
+    #[test]
+    fn an_unclear_answer_takes_nothing_away_and_a_new_start_does() {
+        let registry = registry();
+        let replica = add(&registry, 1);
+        registry.set_parity(&replica, kept("a"));
+        registry.set_parity(&replica, Parity::Unclear("it was busy".into()));
+        assert_eq!((replica.parity().name(), registry.tokenisers().len()), ("kept", 1));
+        let began = |seconds| Exposition { process_start_seconds: Some(seconds), ..Exposition::default() };
+        registry.observe(&replica, Some(&began(1.0)));
+        registry.observe(&replica, Some(&began(2.0)));
+        assert_eq!((replica.parity().name(), registry.tokenisers().len()), ("unknown", 0));
+        assert_eq!(registry.hashing(&replica), Hashing::Text);
+    }
+
+    #[test]
+    fn prompts_are_tokenised_with_what_most_replicas_have() {
+        let registry = registry();
+        let replicas: Vec<_> = (1..=6).map(|port| add(&registry, port)).collect();
+        for (replica, template) in replicas.iter().zip(["a", "b", "c", "b", "c", "c"]) {
+            registry.set_parity(replica, kept(template));
+        }
+        let ids: Vec<_> = registry.tokenisers().iter().map(|tokeniser| tokeniser.id()).collect();
+        let hashing: Vec<_> = replicas.iter().map(|replica| registry.hashing(replica)).collect();
+        let (b, c) = (Hashing::Tokens(ids[1]), Hashing::Tokens(ids[0]));
+        assert_eq!(hashing, [Hashing::Text, b, c, b, c, c]);
+        assert!(registry.remove(&replicas[1].address) && registry.remove(&replicas[3].address));
+        assert_ne!(registry.hashing(&replicas[0]), Hashing::Text, "there is room for the third now");
     }
 }

@@ -12,5 +12,7 @@ mod faults;
 mod hold;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
+/// Whose tokens the router hashes.
+mod parity;
 /// What passes unchanged, and what the router adds.
 mod transparent;

@@ -6,6 +6,7 @@ mod health;
 mod models;
 mod operate;
 mod tokenize;
+mod tokenizer;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub const ROUTES: &[&str] = &[
     "/v1/models/{id}",
     "/tokenize",
     "/detokenize",
+    "/tokenizer",
+    "/tokenizer/{file}",
     "/reset_prefix_cache",
     "/live",
     "/ready",
@@ -50,6 +53,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer", get(tokenizer::manifest))
+        .route("/tokenizer/{file}", get(tokenizer::file))
         .route("/reset_prefix_cache", post(operate::reset_prefix_cache))
         .route("/state", get(operate::state))
         .route_layer(middleware::from_fn_with_state(app.clone(), check_key));
