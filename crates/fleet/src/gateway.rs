@@ -127,9 +127,11 @@ impl Gateway {
         let prompt = Prompt {
             tokens: ask.prompt_tokens(),
             chain,
+            is_exact: true,
             session,
             sequences: 1,
             output_tokens: ask.output_tokens,
+            ..Prompt::default()
         };
         let cell = &mut self.cells[cell];
         let decision = match self.settings.is_oracle {
