@@ -1,10 +1,12 @@
-//! What a decision of the router costs: the lookup of a prefix and the choice among replicas.
+//! What a decision of the router costs: tokenising the prompt, the lookup of its prefix, the choice among replicas.
 //!
 //! `cargo bench -p servelab-benches --bench router`
 
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use http::HeaderMap;
+use serde_json::json;
 use servelab_engine::{BlockHash, TokenId, hash_blocks};
 use servelab_router::choice::index::{Matches, PrefixIndex};
 use servelab_router::choice::load::LoadView;
@@ -12,6 +14,8 @@ use servelab_router::choice::picker::{Ask, Candidate, Picker};
 use servelab_router::choice::policy::Policy;
 use servelab_router::choice::rates::Pace;
 use servelab_router::choice::replica_set::ReplicaId;
+use servelab_router::parity::tokeniser::Tokeniser;
+use servelab_router::prompt::read;
 
 const BLOCK_SIZE: usize = 16;
 const PROMPT: usize = 4096;
@@ -103,5 +107,34 @@ fn choice(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, lookups, record, hash, choice);
+/// What token parity costs a request, beside what text hashing costs it: the body as it came, to the chain of its
+/// blocks. The demo model's tokenizer and template; a chat of one system message and a question.
+fn tokenise(criterion: &mut Criterion) {
+    let files = servelab_front::prompts::TextFiles {
+        tokenizer: bytes::Bytes::from_static(include_bytes!("../crates/model/demo/tokenizer.json")),
+        tokenizer_config: Some(bytes::Bytes::from_static(include_bytes!(
+            "../crates/model/demo/tokenizer_config.json"
+        ))),
+        chat_template: Some(bytes::Bytes::from_static(include_bytes!(
+            "../crates/model/demo/chat_template.jinja"
+        ))),
+    };
+    let tokeniser = Tokeniser::new(&files).expect("the demo model's tokenizer");
+    for kilobytes in [1, 16, 256] {
+        let system = "A block holds the keys and values of sixteen tokens. ".repeat(kilobytes * 1024 / 53);
+        let messages =
+            json!([{"role": "system", "content": system}, {"role": "user", "content": "What is a step?"}]);
+        let body = json!({"messages": messages, "max_tokens": 40});
+        let tokens = tokeniser.exact(body.clone()).expect("a prompt").tokens;
+        let exact = format!("body of {kilobytes} KiB to its chain by tokens, {tokens} of them");
+        criterion.bench_function(&exact, |bencher| {
+            bencher.iter(|| tokeniser.exact(black_box(&body).clone()));
+        });
+        let text = format!("body of {kilobytes} KiB to its chain by text");
+        let headers = HeaderMap::new();
+        criterion.bench_function(&text, |bencher| bencher.iter(|| read(black_box(&body), &headers)));
+    }
+}
+
+criterion_group!(benches, lookups, record, hash, choice, tokenise);
 criterion_main!(benches);

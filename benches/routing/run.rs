@@ -232,6 +232,7 @@ impl<'a> Run<'a> {
             session: is_session.then(|| servelab_bench::prompt::mix(at as u64)),
             sequences: 1,
             output_tokens,
+            ..Prompt::default()
         };
         let number = self.next_request;
         self.next_request += 1;

@@ -256,6 +256,68 @@ async fn a_later_turn_goes_to_the_replica_that_holds_the_earlier_one() {
     }
 }
 
+async fn until_parity(router: &Server, replica: &Server, value: f64) {
+    let series = format!("servelab_router_token_parity{{replica=\"{}\"}}", replica.base);
+    router.until("the canaries are back", async || router.metric(&series).await == Some(value)).await;
+}
+
+/// Asks a chat and gives what the router expected to be there, and what the replica says was.
+async fn predicted_and_confirmed(router: &Server, system: &str, question: &str) -> (String, u64) {
+    let messages = json!([{"role": "system", "content": system}, {"role": "user", "content": question}]);
+    let body = json!({"messages": messages, "max_tokens": 4, "temperature": 0});
+    let request = router.client.post(router.url("/v1/chat/completions")).header("x-servelab-decision", "1");
+    let answer = request.json(&body).send().await.unwrap();
+    let decision = answer.headers()["x-servelab-decision"].to_str().unwrap().to_owned();
+    let answer: Value = answer.json().await.unwrap();
+    (decision, answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap())
+}
+
+#[tokio::test]
+async fn with_token_parity_the_hits_predicted_are_those_confirmed() {
+    let replica = replica().await;
+    let router = router(&[&replica.base], &[]).await;
+    until_ready(&router, 1).await;
+    until_parity(&router, &replica, 1.0).await;
+    let mut hits = 0;
+    for number in 0..8 {
+        let system =
+            format!("You are number {}. ", number % 2) + &"Grüße, and answer in few words. ".repeat(7);
+        let question = ["What is a block?", "What is a step, and why is it planned?"][number / 4];
+        let (decision, cached) = predicted_and_confirmed(&router, &system, question).await;
+        assert!(
+            decision.contains(&format!("matched={cached}/")) && decision.contains("hashing=tokens"),
+            "{decision} {cached}"
+        );
+        hits += cached;
+    }
+    assert!(hits > 0);
+    for series in ["servelab_router_predicted_hit_tokens_total", "servelab_router_confirmed_hit_tokens_total"]
+    {
+        assert_eq!(router.metric(series).await, Some(hits as f64), "{series}");
+    }
+    assert_eq!(router.metric("servelab_router_token_count_mismatches_total").await, Some(0.0));
+}
+
+/// Fault 2 of the peers, with real processes: a router that was given another template than the replica has.
+#[tokio::test]
+async fn a_router_with_another_tokenizer_says_so_and_matches_by_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/demo");
+    std::fs::copy(format!("{demo}/tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let replica = replica().await;
+    let router = router(&[&replica.base], &["--tokenizer", folder.path().to_str().unwrap()]).await;
+    until_ready(&router, 1).await;
+    until_parity(&router, &replica, 0.0).await;
+    assert!(router.log().contains("TOKEN PARITY LOST"), "{}", router.log());
+    let system = "You answer in few words. ".repeat(12);
+    predicted_and_confirmed(&router, &system, "What is a block?").await;
+    let (decision, cached) = predicted_and_confirmed(&router, &system, "And a step?").await;
+    assert!(decision.contains("hashing=text") && !decision.contains("matched=0/"), "{decision}");
+    assert!(cached > 0);
+}
+
 #[tokio::test]
 async fn the_router_drains_and_ends_with_0() {
     let replica = replica().await;

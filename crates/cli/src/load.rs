@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use servelab_engine::EngineConfig;
+use servelab_front::prompts::Prompter;
 use servelab_model::cuda::driver::CudaGpu;
 use servelab_model::cuda::gpu::Gpu;
 use servelab_model::hub::{Download, HubOptions};
@@ -114,8 +115,11 @@ pub fn load(
     let served = LoadedModel {
         runner: loaded.runner,
         engine,
-        tokenizer: Arc::new(text.tokenizer),
-        chat_template: text.chat_template.map(Arc::new),
+        prompter: Prompter {
+            tokenizer: Arc::new(text.tokenizer),
+            chat_template: text.chat_template.map(Arc::new),
+        },
+        text_files: text.files,
         eos_token_ids: text.eos_token_ids,
         vocab_size: u32::try_from(loaded.config.vocab_size).unwrap_or(u32::MAX),
         root: root(&model.source),
@@ -332,11 +336,22 @@ fn root(source: &ModelSource) -> String {
     source.to_string()
 }
 
+/// The files as prompts are made of them.
+pub fn for_prompts(files: &TextFiles, tokenizer: &[u8]) -> servelab_front::prompts::TextFiles {
+    servelab_front::prompts::TextFiles {
+        tokenizer: tokenizer.to_vec().into(),
+        tokenizer_config: files.tokenizer_config.clone().map(Into::into),
+        chat_template: files.chat_template.clone().map(Into::into),
+    }
+}
+
 /// The text side of a model.
 struct Text {
     tokenizer: Tokenizer,
     chat_template: Option<ChatTemplate>,
     eos_token_ids: Vec<u32>,
+    /// What both were made of.
+    files: servelab_front::prompts::TextFiles,
 }
 
 impl Text {
@@ -366,6 +381,7 @@ impl Text {
             chat_template: ChatTemplate::from_files(tokenizer_config, files.chat_template.as_deref())
                 .map_err(failed)?,
             eos_token_ids,
+            files: for_prompts(files, tokenizer),
         })
     }
 

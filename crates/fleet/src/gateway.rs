@@ -131,6 +131,7 @@ impl Gateway {
             session,
             sequences: 1,
             output_tokens: ask.output_tokens,
+            ..Prompt::default()
         };
         let cell = &mut self.cells[cell];
         let decision = match self.settings.is_oracle {

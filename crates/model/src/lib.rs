@@ -30,4 +30,4 @@ pub use load::{
     CudaRunnerOptions, EngineKind, LoadTimings, LoadedCuda, LoadedModel, MemoryReport, OpenOptions, PoolSize,
     Prepared, Progress, RunnerOptions,
 };
-pub use source::{DummyShape, LoadFormat, ModelSource, TextFiles};
+pub use source::{DummyShape, LoadFormat, ModelSource, TextFiles, text_files};

@@ -202,7 +202,11 @@ struct TemplateJson {
     chat_template: String,
 }
 
-fn text_files(folder: &Path) -> Result<TextFiles, ModelError> {
+/// Reads what a folder has for text: of a checkpoint, or of a tokenizer alone.
+///
+/// # Errors
+/// If a file is there and cannot be read, or is far too large.
+pub fn text_files(folder: &Path) -> Result<TextFiles, ModelError> {
     Ok(TextFiles {
         tokenizer: read_optional(&folder.join("tokenizer.json"), 256 * MIB)?,
         tokenizer_config: read_optional(&folder.join("tokenizer_config.json"), 64 * MIB)?,

@@ -19,6 +19,9 @@ use crate::limits::queue::Gate;
 use crate::limits::redis::{self, Shared};
 use crate::metrics::RouterMetrics;
 use crate::options::{RouterOptions, Timeouts};
+use crate::parity::desk::Desk;
+use crate::parity::tokeniser::Tokenisers;
+use crate::parity::watch::Watch;
 use crate::proxy::budget::Budget;
 use crate::proxy::hedge::FirstBytes;
 use crate::proxy::hold::Hold;
@@ -39,6 +42,7 @@ pub struct App {
     pub hedge_quantile: Option<f64>,
     pub max_waiting: usize,
     pub budget: Budget,
+    pub desk: Desk,
     pub first_bytes: FirstBytes,
     pub hold: Hold,
     pub decisions: Decisions,
@@ -74,6 +78,13 @@ impl App {
             value.map_err(|_| UnusableKey { number: 1 })
         });
         let replica_key = replica_key.transpose()?;
+        let watch = Arc::new(Watch {
+            registry: registry.clone(),
+            client: client.clone(),
+            key: replica_key.clone(),
+            options: options.parity.clone(),
+            tokenisers: Tokenisers::default(),
+        });
         let slots = options.max_in_flight_per_replica;
         Ok(Self {
             members: Arc::new(Members::new(
@@ -82,6 +93,7 @@ impl App {
                 options.probe.clone(),
                 options.kv_events.clone(),
                 replica_key.clone(),
+                watch,
             )),
             client,
             metrics: options.metrics.clone(),
@@ -94,6 +106,7 @@ impl App {
             max_waiting: options.max_waiting,
             // A choice may favour one replica; twice what it should have is what it may take with it.
             budget: Budget::new(slots.saturating_mul(2)),
+            desk: Desk::new(options.parity.tokenise_timeout, options.metrics.clone()),
             first_bytes: FirstBytes::default(),
             hold: Hold::new(options.hold, options.metrics.clone()),
             decisions: Decisions::default(),

@@ -15,6 +15,15 @@ const KEPT: usize = 1000;
 /// Of each, the terms of the replica chosen and of the cheapest others.
 const TERMS: usize = 8;
 
+/// What a choice was made for.
+#[derive(Clone, Debug)]
+pub struct Purpose {
+    pub request_id: Arc<str>,
+    /// 1 for the first.
+    pub attempt: u32,
+    pub prompt_tokens: u32,
+}
+
 /// One choice, as it is kept: made with every request, and rarely looked at.
 #[derive(Debug)]
 pub struct Noted {
@@ -22,6 +31,8 @@ pub struct Noted {
     /// Since the router began.
     at: Duration,
     policy: &'static str,
+    /// What the match was found by.
+    hashing: &'static str,
     /// 1 for the first attempt.
     attempt: u32,
     prompt_tokens: u32,
@@ -33,14 +44,13 @@ pub struct Noted {
 }
 
 impl Noted {
-    /// `attempt` is 1 for the first, `at` the time since the router began; `names` gives the names of replicas in the
-    /// order in which they are asked for.
+    /// `hashing` says what the match was found by, `at` is the time since the router began; `names` gives the names of
+    /// replicas in the order in which they are asked for.
     pub fn new(
         decision: &Decision,
         policy: &'static str,
-        prompt_tokens: u32,
-        attempt: u32,
-        request_id: Arc<str>,
+        hashing: &'static str,
+        purpose: Purpose,
         at: Duration,
         names: impl FnOnce(&mut dyn Iterator<Item = ReplicaId>) -> Vec<Arc<str>>,
     ) -> Self {
@@ -53,7 +63,9 @@ impl Noted {
         table.truncate(TERMS);
         table.shrink_to_fit();
         let names = names(&mut table.iter().map(|terms| terms.replica));
-        Self { request_id, at, policy, attempt, prompt_tokens, reason: decision.reason.name(), table, names }
+        let reason = decision.reason.name();
+        let Purpose { request_id, attempt, prompt_tokens } = purpose;
+        Self { request_id, at, policy, hashing, attempt, prompt_tokens, reason, table, names }
     }
 }
 
@@ -65,6 +77,8 @@ pub struct Explained {
     pub at_seconds: f64,
     pub policy: &'static str,
     pub reason: &'static str,
+    /// What the match was found by: `tokens`, the replica's own, or `text`.
+    pub hashing: &'static str,
     pub replica: String,
     /// 1 for the first attempt.
     pub attempt: u32,
@@ -103,6 +117,7 @@ impl From<&Noted> for Explained {
             request_id: noted.request_id.to_string(),
             at_seconds: noted.at.as_secs_f64(),
             policy: noted.policy,
+            hashing: noted.hashing,
             reason: noted.reason,
             replica: table.first().map_or_else(String::new, |terms| terms.replica.clone()),
             attempt: noted.attempt,
@@ -127,8 +142,14 @@ impl Explained {
             )
         });
         format!(
-            "replica={}; policy={}; reason={}; attempt={}; matched={}/{}{terms}",
-            self.replica, self.policy, self.reason, self.attempt, self.matched_tokens, self.prompt_tokens
+            "replica={}; policy={}; reason={}; attempt={}; matched={}/{}; hashing={}{terms}",
+            self.replica,
+            self.policy,
+            self.reason,
+            self.attempt,
+            self.matched_tokens,
+            self.prompt_tokens,
+            self.hashing
         )
     }
 }
@@ -176,7 +197,8 @@ mod tests {
         let names = |replicas: &mut dyn Iterator<Item = ReplicaId>| {
             replicas.map(|replica| format!("http://r{}:80", replica.0).into()).collect()
         };
-        Noted::new(&decision, "cost", 100, 1, number.to_string().into(), Duration::from_secs(2), names)
+        let purpose = Purpose { request_id: number.to_string().into(), attempt: 1, prompt_tokens: 100 };
+        Noted::new(&decision, "cost", "tokens", purpose, Duration::from_secs(2), names)
     }
 
     #[test]
@@ -187,7 +209,7 @@ mod tests {
         assert_eq!(order.len(), TERMS);
         assert_eq!(
             explained.header(),
-            "replica=http://r3:80; policy=cost; reason=prefix; attempt=1; matched=64/100; prefill=0.500000; \
+            "replica=http://r3:80; policy=cost; reason=prefix; attempt=1; matched=64/100; hashing=tokens; prefill=0.500000; \
              queue=17.000000; imposed=0.000000; decode=0.000000; memory=0.000000"
         );
     }

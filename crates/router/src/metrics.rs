@@ -69,6 +69,28 @@ impl Fault {
     }
 }
 
+/// What became of a prompt that was to be tokenised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tokenising {
+    Done,
+    /// It took too long: the request went on without.
+    Late,
+    /// The request is wrong, or one that only the replica can read.
+    Unreadable,
+}
+
+impl Tokenising {
+    const ALL: [Self; 3] = [Self::Done, Self::Late, Self::Unreadable];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Late => "late",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
 /// All series of one router.
 pub struct RouterMetrics {
     series: Series,
@@ -83,6 +105,10 @@ pub struct RouterMetrics {
     pub requests_waiting: IntGauge,
     pub requests_in_flight: IntGauge,
     pub held_seconds: Histogram,
+    pub tokenise_seconds: Histogram,
+    tokenised: IntCounterVec,
+    pub token_count_mismatches: IntCounter,
+    token_parity: IntGaugeVec,
     pub decision_seconds: Histogram,
     pub added_latency_seconds: Histogram,
     pub time_to_first_byte_seconds: Histogram,
@@ -125,6 +151,10 @@ impl RouterMetrics {
             requests_waiting: make.gauge(&names::REQUESTS_WAITING)?,
             requests_in_flight: make.gauge(&names::REQUESTS_IN_FLIGHT)?,
             held_seconds: make.histogram(&names::HELD_SECONDS)?,
+            tokenise_seconds: make.histogram(&names::TOKENISE_SECONDS)?,
+            tokenised: make.counters(&names::TOKENISED, &["outcome"])?,
+            token_count_mismatches: make.counter(&names::TOKEN_COUNT_MISMATCHES)?,
+            token_parity: make.gauges(&names::TOKEN_PARITY, &["replica"])?,
             decision_seconds: make.histogram(&names::DECISION_SECONDS)?,
             added_latency_seconds: make.histogram(&names::ADDED_LATENCY_SECONDS)?,
             time_to_first_byte_seconds: make.histogram(&names::TIME_TO_FIRST_BYTE_SECONDS)?,
@@ -157,6 +187,9 @@ impl RouterMetrics {
     /// Series that have not moved are shown at zero.
     fn touch(&self, policy: Policy) {
         Outcome::ALL.iter().for_each(|outcome| self.requests.with_label_values(&[outcome.name()]).inc_by(0));
+        Tokenising::ALL
+            .iter()
+            .for_each(|outcome| self.tokenised.with_label_values(&[outcome.name()]).inc_by(0));
         Fault::ALL.iter().for_each(|fault| self.faults.with_label_values(&[fault.name()]).inc_by(0));
         SpanDrop::ALL.iter().for_each(|reason| self.spans_dropped(*reason).inc_by(0));
         ["requests", "tokens", "away"]
@@ -186,6 +219,10 @@ impl RouterMetrics {
         self.requests.with_label_values(&[outcome.name()]).inc();
     }
 
+    pub fn tokenised(&self, outcome: Tokenising) {
+        self.tokenised.with_label_values(&[outcome.name()]).inc();
+    }
+
     pub fn fault(&self, fault: Fault) {
         self.faults.with_label_values(&[fault.name()]).inc();
     }
@@ -203,6 +240,7 @@ impl RouterMetrics {
     pub fn observe_replicas(&self, replicas: &[ReplicaView]) {
         self.replica_in_flight.reset();
         self.breaker_state.reset();
+        self.token_parity.reset();
         self.replica_index_blocks.reset();
         self.kv_events_state.reset();
         self.kv_event_batches.reset();
@@ -220,6 +258,12 @@ impl RouterMetrics {
             self.kv_event_batches.with_label_values(&labels).inc_by(replica.kv_batches);
             self.kv_event_gaps.with_label_values(&labels).inc_by(replica.kv_gaps);
             self.kv_event_resyncs.with_label_values(&labels).inc_by(replica.kv_resyncs);
+            let parity = match replica.parity {
+                "kept" => 1,
+                "lost" => 0,
+                _ => -1,
+            };
+            self.token_parity.with_label_values(&labels).set(parity);
             let state = match replica.breaker {
                 "closed" => 0,
                 "half_open" => 1,
@@ -323,6 +367,9 @@ mod tests {
             url: format!("http://r:{port}"),
             health: "ready",
             breaker: "open",
+            parity: "lost",
+            parity_detail: Some("canary".into()),
+            hashing: "text",
             in_flight,
             pending_prefill_tokens: 0,
             decoding: 0,
@@ -364,6 +411,7 @@ mod tests {
         for line in [
             "servelab_router_replicas{health=\"ready\"} 2",
             "servelab_router_imbalance 1.5",
+            "servelab_router_token_parity{replica=\"http://r:1\"} 0",
             "servelab_router_breaker_state{replica=\"http://r:1\"} 2",
             "servelab_router_replica_in_flight{replica=\"http://r:1\"} 3",
             "servelab_router_requests_total{outcome=\"answered\"} 0",

@@ -14,6 +14,7 @@ use crate::events::KvEventsOptions;
 use crate::limits::KeyLimits;
 use crate::limits::redis::RedisOptions;
 use crate::metrics::RouterMetrics;
+use crate::parity::watch::ParityOptions;
 use crate::replicas::address::Address;
 use crate::replicas::probe::ProbeOptions;
 
@@ -153,6 +154,7 @@ pub struct RouterOptions {
     pub fleet: FleetOptions,
     pub probe: ProbeOptions,
     pub kv_events: KvEventsOptions,
+    pub parity: ParityOptions,
     pub timeouts: Timeouts,
     pub hold: HoldOptions,
     /// Attempts at other replicas after the first.

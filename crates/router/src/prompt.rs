@@ -2,16 +2,18 @@
 //!
 //! A request that cannot be read goes to a replica all the same, whose answer says what is wrong with it.
 //!
-//! The router knows no tokenizer. It cuts the text that stands in the prompt into pieces of four bytes, which is
-//! about a token of English text, and hashes them in blocks as a replica hashes its tokens. Such a chain says where
-//! two prompts part as well as the true one does. Prompts that are given as token ids are taken as they are.
+//! For replicas without token parity (see [`crate::parity`]) the text that stands in the prompt is cut into pieces of
+//! four bytes, which is about a token of English text, and hashed in blocks as a replica hashes its tokens. Such a
+//! chain says where two prompts part nearly as well as the true one does. Prompts that are given as token ids are
+//! taken as they are. The chain of a text costs microseconds and is always made; tokens are made for the tokenizers
+//! that replicas have.
 
 use http::HeaderMap;
 use serde_json::Value;
 use servelab_engine::hash_blocks;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::choice::fleet::Prompt;
+use crate::choice::fleet::{Exact, Prompt};
 
 /// Pieces in a block, as most replicas have tokens.
 pub const BLOCK_SIZE: u32 = 16;
@@ -33,26 +35,41 @@ pub struct Asked {
 }
 
 /// Reads the body of a request; one that is no JSON object gives an empty prompt.
-pub fn read(body: &[u8], headers: &HeaderMap) -> Asked {
-    let body: Value = serde_json::from_slice(body).unwrap_or_default();
+pub fn read(body: &Value, headers: &HeaderMap) -> Asked {
     let number =
         |name: &str| body.get(name).and_then(Value::as_u64).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     let sequences = number("n").unwrap_or(1).clamp(1, 4096);
     let output = number("max_completion_tokens").or_else(|| number("max_tokens"));
-    let (pieces, is_exact) = pieces(&body);
-    let salt =
-        body.get("cache_salt").and_then(Value::as_str).map_or(0, |salt| xxh3_64(salt.as_bytes()).max(1));
+    let Pieces { first, all, are_ids } = pieces(body);
+    let salt = salt(body.get("cache_salt").and_then(Value::as_str));
     let prompt = Prompt {
-        tokens: pieces.len() as u32,
-        chain: hash_blocks(&pieces, BLOCK_SIZE as usize, salt),
-        is_exact,
-        session: session(headers, &body),
+        tokens: all,
+        pieces: all,
+        chain: hash_blocks(&first, BLOCK_SIZE as usize, salt),
+        is_exact: are_ids,
+        exact: Vec::new(),
+        session: session(headers, body),
         sequences,
         output_tokens: output.unwrap_or(USUAL_OUTPUT_TOKENS),
     };
     let max_output_tokens = prompt.output_tokens.saturating_mul(sequences);
     let streams = body.get("stream").and_then(Value::as_bool).unwrap_or(false);
     Asked { prompt, streams, max_output_tokens }
+}
+
+impl Asked {
+    /// Takes over what a tokenizer has made of it.
+    pub fn set_exact(&mut self, exact: Vec<Exact>) {
+        if let Some(exact) = exact.first() {
+            self.prompt.tokens = exact.tokens;
+        }
+        self.prompt.exact = exact;
+    }
+}
+
+/// The salt of block hashes that a `cache_salt` gives, as at a replica.
+pub fn salt(text: Option<&str>) -> u64 {
+    text.map_or(0, |text| xxh3_64(text.as_bytes()).max(1))
 }
 
 /// By header, else by cookie, else by OpenAI's `user`.
@@ -66,35 +83,56 @@ fn session(headers: &HeaderMap, body: &Value) -> Option<u64> {
     header.or_else(|| cookie().map(str::as_bytes)).or_else(|| user().map(str::as_bytes)).map(xxh3_64)
 }
 
-/// And whether they are the prompt's own tokens.
-fn pieces(body: &Value) -> (Vec<u32>, bool) {
-    let mut text = Vec::new();
+/// The pieces of the first prompt, and how many all have together.
+#[derive(Default)]
+struct Pieces {
+    first: Vec<u32>,
+    all: u32,
+    /// The first ones are the prompt's own tokens.
+    are_ids: bool,
+}
+
+fn pieces(body: &Value) -> Pieces {
+    let one = |first: Vec<u32>, are_ids| Pieces { all: first.len() as u32, first, are_ids };
     match (body.get("messages"), body.get("prompt")) {
         (Some(Value::Array(messages)), _) => {
+            let mut text = Vec::new();
             // Templates put the tools before all messages.
             if let Some(tools) = body.get("tools").filter(|tools| !tools.is_null()) {
                 text.extend_from_slice(tools.to_string().as_bytes());
             }
             messages.iter().for_each(|message| add_message(&mut text, message));
+            one(cut(&text), false)
         }
-        (_, Some(Value::String(prompt))) => text.extend_from_slice(prompt.as_bytes()),
+        (_, Some(Value::String(prompt))) => one(cut(prompt.as_bytes()), false),
         (_, Some(Value::Array(prompts))) => match ids(prompts) {
-            Some(ids) => return (ids, true),
-            // Of several prompts the first stands for all: they go to one replica.
-            None => match prompts.first() {
-                Some(Value::String(first)) => text.extend_from_slice(first.as_bytes()),
-                Some(Value::Array(first)) => return (ids(first).unwrap_or_default(), true),
-                _ => {}
-            },
+            Some(ids) => one(ids, true),
+            None => of_several(prompts),
         },
-        _ => {}
+        _ => Pieces::default(),
     }
+}
+
+/// All prompts count; they go to one replica, and the chain of the first stands for all.
+fn of_several(prompts: &[Value]) -> Pieces {
+    let read = |prompt: &Value| match prompt {
+        Value::String(text) => cut(text.as_bytes()),
+        Value::Array(ids) => self::ids(ids).unwrap_or_default(),
+        _ => Vec::new(),
+    };
+    let others: usize = prompts.iter().skip(1).map(|prompt| read(prompt).len()).sum();
+    let first = prompts.first().map(read).unwrap_or_default();
+    let are_ids = prompts.first().is_some_and(Value::is_array);
+    Pieces { all: u32::try_from(first.len() + others).unwrap_or(u32::MAX), first, are_ids }
+}
+
+fn cut(text: &[u8]) -> Vec<u32> {
     let piece = |bytes: &[u8]| {
         let mut padded = [0; PIECE_BYTES];
         padded[..bytes.len()].copy_from_slice(bytes);
         u32::from_le_bytes(padded)
     };
-    (text.chunks(PIECE_BYTES).map(piece).collect(), false)
+    text.chunks(PIECE_BYTES).map(piece).collect()
 }
 
 /// `None` unless all of them are token ids.
@@ -142,7 +180,7 @@ mod tests {
     use super::*;
 
     fn asked(body: &Value) -> Asked {
-        read(body.to_string().as_bytes(), &HeaderMap::new())
+        read(body, &HeaderMap::new())
     }
 
     fn chat(messages: &[(&str, &str)]) -> Value {
@@ -188,20 +226,35 @@ mod tests {
     #[test]
     fn token_ids_are_taken_as_they_are() {
         let ids: Vec<u32> = (0..40).collect();
-        for prompt in [json!(ids), json!([ids, [1, 2]])] {
+        for (prompt, tokens) in [(json!(ids), 40), (json!([ids, [1, 2]]), 42)] {
             let asked = asked(&json!({"prompt": prompt, "n": 3, "max_tokens": 5, "stream": true}));
             assert_eq!(asked.prompt.chain, hash_blocks(&ids, 16, 0));
-            assert_eq!((asked.prompt.tokens, asked.prompt.sequences, asked.max_output_tokens), (40, 3, 15));
+            assert!(asked.prompt.is_exact);
+            let counted = asked.prompt.tokens - (tokens - 40);
+            assert_eq!((counted, asked.prompt.sequences, asked.max_output_tokens), (40, 3, 15));
             assert!(asked.streams);
         }
     }
 
     #[test]
+    fn of_several_prompts_all_count() {
+        let (long, short) = ("a block of words ".repeat(8), "word");
+        let several = asked(&json!({"prompt": [long, short, short]})).prompt;
+        let alone = asked(&json!({"prompt": long})).prompt;
+        assert_eq!((several.tokens, &several.chain), (alone.tokens + 2, &alone.chain));
+        assert!(!several.is_exact && !alone.is_exact);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_an_empty_prompt() {
-        for body in
-            ["", "{", "[]", "null", "{\"prompt\": 7}", "{\"messages\": {}}", "{\"prompt\": [\"a\", 1, null]}"]
-        {
-            assert_eq!(read(body.as_bytes(), &HeaderMap::new()).prompt.chain.len(), 0, "{body}");
+        for body in [
+            json!([]),
+            json!(null),
+            json!({"prompt": 7}),
+            json!({"messages": {}}),
+            json!({"prompt": ["a", 1, null]}),
+        ] {
+            assert_eq!(asked(&body).prompt.chain.len(), 0, "{body}");
         }
         let huge = asked(&json!({"prompt": "x", "n": 1e19, "max_tokens": u64::MAX, "stream": "yes"}));
         assert_eq!((huge.max_output_tokens, huge.streams), (u32::MAX, false));
@@ -209,14 +262,14 @@ mod tests {
 
     #[test]
     fn a_session_is_named_by_header_cookie_or_user() {
-        let body = json!({"prompt": "x", "user": "anna"}).to_string();
+        let body = json!({"prompt": "x", "user": "anna"});
         let mut headers = HeaderMap::new();
-        let session = |headers: &HeaderMap| read(body.as_bytes(), headers).prompt.session;
+        let session = |headers: &HeaderMap| read(&body, headers).prompt.session;
         assert_eq!(session(&headers), Some(xxh3_64(b"anna")));
         headers.insert("cookie", "a=b; servelab_session=17".parse().unwrap());
         assert_eq!(session(&headers), Some(xxh3_64(b"17")));
         headers.insert("x-session-id", "s-1".parse().unwrap());
         assert_eq!(session(&headers), Some(xxh3_64(b"s-1")));
-        assert_eq!(read(b"{}", &HeaderMap::new()).prompt.session, None);
+        assert_eq!(asked(&json!({})).prompt.session, None);
     }
 }

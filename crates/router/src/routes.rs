@@ -117,7 +117,7 @@ async fn forward(State(app): State<Arc<App>>, request: Request) -> Result<Respon
     let body = body::read(&parts.headers, body, app.max_body_bytes).await?;
     let began = Instant::now();
     let incoming = Incoming { parts, body, key };
-    let asked = proxy::asked(&incoming).await;
+    let asked = proxy::asked(&app, &incoming).await;
     app.metrics.added_latency_seconds.observe(began.elapsed().as_secs_f64());
     if asked.streams || !proxy::generates(&incoming.parts) {
         return Ok(proxy::forward(&app, incoming, asked).await?.into_response());

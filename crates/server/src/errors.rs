@@ -5,6 +5,7 @@ use std::time::Duration;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use servelab_engine::AdmissionError;
+use servelab_front::prompts::PromptError;
 use servelab_front::{BodyError, KeyError};
 use servelab_text::TextError;
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType, FieldError};
@@ -68,6 +69,16 @@ pub enum ApiError {
 impl From<TextError> for ApiError {
     fn from(error: TextError) -> Self {
         Self::Text(error)
+    }
+}
+
+impl From<PromptError> for ApiError {
+    fn from(error: PromptError) -> Self {
+        match error {
+            PromptError::NoChatTemplate => Self::NoChatTemplate,
+            PromptError::Text(error) => Self::Text(error),
+            PromptError::Messages(how) => Self::Internal(how),
+        }
     }
 }
 

@@ -59,8 +59,10 @@ fn load(options: ServerOptions, app: &App) -> Result<(Arc<Model>, EngineThread),
     let (commands, received) = mpsc::channel(commands_room(&config));
     tell_metrics(app, &loaded);
     let model = Arc::new(Model {
-        tokenizer: loaded.tokenizer,
-        chat_template: loaded.chat_template,
+        tokenizer: loaded.prompter.tokenizer.clone(),
+        prompter: Arc::new(loaded.prompter),
+        text_revision: loaded.text_files.revision(),
+        text_files: loaded.text_files,
         eos_token_ids: loaded.eos_token_ids.into(),
         vocab_size: loaded.vocab_size,
         root: loaded.root,

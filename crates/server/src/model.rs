@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use servelab_engine::{EngineConfig, Request, RequestId, SamplingParams, StopConditions, Timestamp, TokenId};
+use servelab_front::prompts::{PromptError, Prompter, TextFiles, TokenisedPrompt};
 use servelab_telemetry::RequestTrace;
-use servelab_text::{ChatInput, ChatTemplate, Tokenizer};
-use servelab_wire::{ChatMessage, CommonFields, DeviceState, FieldError};
+use servelab_text::Tokenizer;
+use servelab_wire::{CommonFields, DeviceState, FieldError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +24,10 @@ use crate::options::SamplingDefaults;
 /// A loaded model. One per server, shared by all requests.
 pub struct Model {
     pub tokenizer: Arc<Tokenizer>,
-    pub chat_template: Option<Arc<ChatTemplate>>,
+    pub prompter: Arc<Prompter>,
+    pub text_files: TextFiles,
+    /// See [`TextFiles::revision`].
+    pub text_revision: u128,
     pub eos_token_ids: Arc<[TokenId]>,
     pub vocab_size: u32,
     pub root: String,
@@ -43,14 +47,6 @@ pub struct Model {
     pub seed: u64,
 }
 
-/// A prompt as token ids, and the text that it stands for.
-#[derive(Clone, Debug)]
-pub struct TokenisedPrompt {
-    pub tokens: Arc<[TokenId]>,
-    /// Needed only for `echo`.
-    pub text: String,
-}
-
 /// What all prompts of an HTTP request have in common.
 pub struct Ask<'a> {
     pub common: &'a CommonFields,
@@ -63,54 +59,17 @@ pub struct Ask<'a> {
     pub trace: RequestTrace,
 }
 
-/// How to turn messages into a prompt.
-#[derive(Clone, Debug)]
-pub struct Conversation {
-    pub messages: Vec<ChatMessage>,
-    pub add_generation_prompt: bool,
-    pub continue_final_message: bool,
-    pub kwargs: serde_json::Map<String, serde_json::Value>,
-    pub add_special_tokens: bool,
-}
-
 impl Model {
-    /// Renders and tokenises a conversation, off the async threads.
+    /// Makes a prompt of what a request says, off the async threads.
     ///
     /// # Errors
-    /// If there is no template, or the template or the tokenizer refuses the messages.
-    pub async fn tokenise_chat(&self, chat: Conversation) -> Result<TokenisedPrompt, ApiError> {
-        let template = self.chat_template.clone().ok_or(ApiError::NoChatTemplate)?;
-        let tokenizer = self.tokenizer.clone();
-        self.blocking
-            .run(move || {
-                let messages: Result<Vec<_>, _> = chat.messages.iter().map(serde_json::to_value).collect();
-                let messages = messages.map_err(|error| ApiError::Internal(error.to_string()))?;
-                let text = template.render(&ChatInput {
-                    messages: &messages,
-                    tools: None,
-                    documents: None,
-                    add_generation_prompt: chat.add_generation_prompt,
-                    continue_final_message: chat.continue_final_message,
-                    extra: &chat.kwargs,
-                })?;
-                let tokens = tokenizer.encode(&text, chat.add_special_tokens)?.into();
-                Ok(TokenisedPrompt { tokens, text })
-            })
-            .await
-    }
-
-    /// Tokenises a text, off the async threads.
-    ///
-    /// # Errors
-    /// If the tokenizer refuses the text.
-    pub async fn tokenise(&self, text: String, add_special: bool) -> Result<TokenisedPrompt, ApiError> {
-        let tokenizer = self.tokenizer.clone();
-        self.blocking
-            .run(move || {
-                let tokens = tokenizer.encode(&text, add_special)?.into();
-                Ok(TokenisedPrompt { tokens, text })
-            })
-            .await
+    /// If the template or the tokenizer refuses it.
+    pub async fn prompt(
+        &self,
+        make: impl FnOnce(&Prompter) -> Result<TokenisedPrompt, PromptError> + Send + 'static,
+    ) -> Result<TokenisedPrompt, ApiError> {
+        let prompter = self.prompter.clone();
+        self.blocking.run(move || Ok(make(&prompter)?)).await
     }
 
     /// Turns token ids back into text, off the async threads.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use servelab_engine::{EngineConfig, ModelRunner, TokenId};
+use servelab_front::prompts::{Prompter, TextFiles};
 use servelab_telemetry::{LoadStage, Metrics, Secret, Traces};
-use servelab_text::{ChatTemplate, Tokenizer};
 use servelab_wire::DeviceState;
 
 use crate::kv_events::zmq::KvZmqOptions;
@@ -57,9 +57,9 @@ pub struct LoadedModel {
     /// `max_waiting` is replaced by [`ServerOptions::max_waiting`] plus `max_running`: admission counts
     /// at the HTTP front, and the engine's own bound stands behind it.
     pub engine: EngineConfig,
-    pub tokenizer: Arc<Tokenizer>,
-    /// Without one, chat completions are refused.
-    pub chat_template: Option<Arc<ChatTemplate>>,
+    pub prompter: Prompter,
+    /// What the prompter was made of, for routers that want to tokenise alike.
+    pub text_files: TextFiles,
     /// Tokens that end an answer, from `generation_config.json` or `config.json`.
     pub eos_token_ids: Vec<TokenId>,
     /// Rows of the logits: token ids in requests must be smaller.

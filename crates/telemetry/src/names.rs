@@ -182,6 +182,9 @@ pub mod router {
         KV_EVENT_GAPS = counter("router_kv_event_gaps_total", "Times that KV events of a replica were missed.");
         KV_EVENT_RESYNCS = counter("router_kv_event_resyncs_total",
             "Times that what a replica holds was learnt anew after a stream had been lost.");
+        TOKENISED = counter("router_tokenised_total", "Requests whose prompt was to be tokenised, by what became of it.");
+        TOKEN_COUNT_MISMATCHES = counter("router_token_count_mismatches_total",
+            "Answers of replicas with token parity that counted other prompt tokens than the router.");
         PROMPT_TOKENS = counter("router_prompt_tokens_total", "Prompt tokens of answers that told their usage.");
         PREDICTED_HIT_TOKENS = counter("router_predicted_hit_tokens_total",
             "Prompt tokens that the replicas were expected to hold, by the router's count.");
@@ -198,10 +201,14 @@ pub mod router {
         REPLICA_INDEX_BLOCKS = gauge("router_replica_index_blocks", "Blocks that a replica is believed to hold.");
         KV_EVENTS_STATE = gauge("router_kv_events_state",
             "Stream of a replica's KV events: 0 there is none, 1 connecting, 2 without its beginning, 3 precise.");
+        TOKEN_PARITY = gauge("router_token_parity",
+            "Whether the router tokenises as a replica: 1 yes, 0 no, -1 not known; if not 1, it is matched by text.");
         BREAKER_STATE = gauge("router_breaker_state", "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.");
         IMBALANCE = gauge("router_imbalance", "Most requests in flight at a replica over the mean.");
 
         HELD_SECONDS = histogram("router_held_seconds", Buckets::RouterWait, "How long requests were held.");
+        TOKENISE_SECONDS = histogram("router_tokenise_seconds", Buckets::RouterOwn,
+            "Tokenising a prompt, with the wait for it.");
         DECISION_SECONDS = histogram("router_decision_seconds", Buckets::RouterOwn, "Choosing a replica.");
         ADDED_LATENCY_SECONDS = histogram("router_added_latency_seconds", Buckets::RouterOwn,
             "From the last byte of a request to its first attempt, without waiting.");

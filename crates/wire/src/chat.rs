@@ -1,12 +1,12 @@
 //! `POST /v1/chat/completions`.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::common::{CommonFields, MAX_LOGPROBS};
+use crate::conversation::Conversation;
 use crate::fields::{FieldError, Fields};
 use crate::logprobs::{ChatLogprobs, PromptLogprobs};
-use crate::message::{ChatMessage, read_messages};
 use crate::unsupported::{Api, refuse_the_rest};
 use crate::usage::{FinishReason, StopReason, Usage};
 
@@ -14,15 +14,9 @@ use crate::usage::{FinishReason, StopReason, Usage};
 #[derive(Clone, Debug)]
 pub struct ChatRequest {
     pub common: CommonFields,
-    pub messages: Vec<ChatMessage>,
+    pub conversation: Conversation,
     /// How many alternatives to report per token; `None`: no log-probabilities.
     pub logprobs: Option<u32>,
-    /// End the prompt with the opening of an assistant's message.
-    pub add_generation_prompt: bool,
-    /// Leave the last message open, for the model to go on with.
-    pub continue_final_message: bool,
-    /// Variables for the chat template.
-    pub chat_template_kwargs: Map<String, Value>,
 }
 
 impl ChatRequest {
@@ -30,32 +24,14 @@ impl ChatRequest {
     /// The first field that is missing, wrong, unknown or not supported.
     pub fn read(body: Value) -> Result<Self, FieldError> {
         let mut fields = Fields::of_body(body)?;
-        let messages = fields
-            .take("messages")
-            .ok_or_else(|| FieldError::missing("messages", "a list of at least one message"))?;
-        let (add_generation_prompt, continue_final_message) = prompt_end(&mut fields)?;
         let request = Self {
-            messages: read_messages(messages)?,
+            conversation: Conversation::take(&mut fields)?,
             common: CommonFields::take(&mut fields)?,
             logprobs: chat_logprobs(&mut fields)?,
-            add_generation_prompt,
-            continue_final_message,
-            chat_template_kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
         };
         refuse_the_rest(&fields, Api::Chat)?;
         Ok(request)
     }
-}
-
-/// How the prompt ends: `add_generation_prompt` and `continue_final_message`.
-pub(crate) fn prompt_end(fields: &mut Fields) -> Result<(bool, bool), FieldError> {
-    let open_new = fields.boolean("add_generation_prompt")?;
-    let continue_last = fields.boolean("continue_final_message")?.unwrap_or(false);
-    if continue_last && open_new == Some(true) {
-        let message = "continue_final_message and add_generation_prompt exclude each other; give one";
-        return Err(FieldError::new("continue_final_message", message));
-    }
-    Ok((open_new.unwrap_or(!continue_last), continue_last))
 }
 
 fn chat_logprobs(fields: &mut Fields) -> Result<Option<u32>, FieldError> {

@@ -37,7 +37,7 @@ impl CompletionRequest {
         let mut fields = Fields::of_body(body)?;
         let prompt = fields.take("prompt").ok_or_else(|| FieldError::missing("prompt", PROMPT))?;
         let request = Self {
-            prompts: prompts(prompt)?,
+            prompts: read_prompts(prompt)?,
             common: CommonFields::take(&mut fields)?,
             logprobs: fields.count("logprobs", 0..=MAX_LOGPROBS)?,
             echo: fields.boolean("echo")?.unwrap_or(false),
@@ -53,7 +53,11 @@ impl CompletionRequest {
 
 const PROMPT: &str = "a string, a list of strings, a list of token ids, or a list of lists of token ids";
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, FieldError> {
+/// Reads the field `prompt`.
+///
+/// # Errors
+/// If it is none of what it may be.
+pub fn read_prompts(value: Value) -> Result<Vec<Prompt>, FieldError> {
     match value {
         Value::String(text) => Ok(vec![Prompt::Text(text)]),
         Value::Array(items) if items.is_empty() => {

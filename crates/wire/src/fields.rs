@@ -91,6 +91,11 @@ impl Fields {
         self.object.swap_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Whether the field is there, and not null.
+    pub fn has(&self, name: &str) -> bool {
+        self.object.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// # Errors
     /// If the field is there and no boolean.
     pub fn boolean(&mut self, name: &str) -> Result<Option<bool>, FieldError> {

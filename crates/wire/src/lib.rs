@@ -7,6 +7,7 @@
 pub mod chat;
 pub mod common;
 pub mod completions;
+pub mod conversation;
 pub mod error;
 pub mod fields;
 pub mod kv_events;
@@ -16,12 +17,14 @@ pub mod models;
 pub mod sse;
 pub mod state;
 pub mod tokenize;
+pub mod tokenizer;
 pub mod unsupported;
 pub mod usage;
 
 pub use chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatReply, ChatRequest};
 pub use common::{CommonFields, StreamOptions};
 pub use completions::{Completion, CompletionChoice, CompletionRequest, Prompt};
+pub use conversation::Conversation;
 pub use error::{ErrorBody, ErrorEnvelope, ErrorType};
 pub use fields::{FieldError, Fields};
 pub use logprobs::{
@@ -34,4 +37,5 @@ pub use state::{
     WaitingState,
 };
 pub use tokenize::{DetokenizeRequest, Detokenized, TokenizeInput, TokenizeRequest, Tokenized};
+pub use tokenizer::{TokenizerFile, TokenizerManifest};
 pub use usage::{FinishReason, PromptTokensDetails, StopReason, Usage};

@@ -1,11 +1,10 @@
 //! `POST /tokenize` and `POST /detokenize`, as vLLM has them.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use crate::chat::prompt_end;
+use crate::conversation::Conversation;
 use crate::fields::{FieldError, Fields, token_ids};
-use crate::message::{ChatMessage, read_messages};
 use crate::unsupported::{Api, refuse_the_rest};
 
 /// Text to turn into token ids.
@@ -20,12 +19,7 @@ pub struct TokenizeRequest {
 #[derive(Clone, Debug)]
 pub enum TokenizeInput {
     Prompt(String),
-    Messages {
-        messages: Vec<ChatMessage>,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        chat_template_kwargs: Map<String, Value>,
-    },
+    Chat(Conversation),
 }
 
 impl TokenizeRequest {
@@ -36,26 +30,16 @@ impl TokenizeRequest {
         let model = fields.string("model")?;
         let return_token_strs = fields.boolean("return_token_strs")?.unwrap_or(false);
         let special = fields.boolean("add_special_tokens")?;
-        let (input, default_special) = match (fields.string("prompt")?, fields.take("messages")) {
-            (Some(prompt), None) => (TokenizeInput::Prompt(prompt), true),
-            (None, Some(messages)) => (Self::chat(&mut fields, messages)?, false),
-            (Some(_), Some(_)) => {
+        let (input, default_special) = match (fields.string("prompt")?, fields.has("messages")) {
+            (Some(prompt), false) => (TokenizeInput::Prompt(prompt), true),
+            (None, true) => (TokenizeInput::Chat(Conversation::take(&mut fields)?), false),
+            (Some(_), true) => {
                 return Err(FieldError::new("prompt", "prompt and messages exclude each other; give one"));
             }
-            (None, None) => return Err(FieldError::missing("prompt", "give prompt or messages")),
+            (None, false) => return Err(FieldError::missing("prompt", "give prompt or messages")),
         };
         refuse_the_rest(&fields, Api::Tokenize)?;
         Ok(Self { model, input, add_special_tokens: special.unwrap_or(default_special), return_token_strs })
-    }
-
-    fn chat(fields: &mut Fields, messages: Value) -> Result<TokenizeInput, FieldError> {
-        let (add_generation_prompt, continue_final_message) = prompt_end(fields)?;
-        Ok(TokenizeInput::Messages {
-            messages: read_messages(messages)?,
-            add_generation_prompt,
-            continue_final_message,
-            chat_template_kwargs: fields.object("chat_template_kwargs")?.unwrap_or_default(),
-        })
     }
 }
 

@@ -32,7 +32,7 @@ fn silence_means_the_default() {
     assert_eq!((common.temperature, common.top_p, common.top_k), (None, None, None));
     assert_eq!((common.stream, common.seed, common.model), (None, None, None));
     assert!(common.skip_special_tokens && !common.ignore_eos && !common.include_stop_str_in_output);
-    assert!(request.add_generation_prompt && !request.continue_final_message);
+    assert!(request.conversation.add_generation_prompt && !request.conversation.continue_final_message);
     assert_eq!(request.logprobs, None);
 }
 
@@ -53,7 +53,7 @@ fn values_arrive_as_they_were_sent() {
 
 #[test]
 fn to_continue_the_last_message_is_to_open_no_new_one() {
-    assert!(!chat(json!({"continue_final_message": true})).unwrap().add_generation_prompt);
+    assert!(!chat(json!({"continue_final_message": true})).unwrap().conversation.add_generation_prompt);
     let both = chat(json!({"continue_final_message": true, "add_generation_prompt": true}));
     assert_eq!(both.unwrap_err().param, "continue_final_message");
 }
@@ -79,13 +79,13 @@ fn messages_are_reduced_to_text() {
     ]}))
     .unwrap();
     assert_eq!(
-        (request.messages[0].role, request.messages[0].content.as_deref()),
+        (request.conversation.messages[0].role, request.conversation.messages[0].content.as_deref()),
         (Role::System, Some("a\nb"))
     );
-    let calls = request.messages[1].tool_calls.as_ref().unwrap();
+    let calls = request.conversation.messages[1].tool_calls.as_ref().unwrap();
     assert_eq!(calls[0]["function"]["arguments"], json!({"x": [1]}));
-    assert_eq!(request.messages[2].tool_call_id.as_deref(), Some("1"));
-    let shown = serde_json::to_value(&request.messages[0]).unwrap();
+    assert_eq!(request.conversation.messages[2].tool_call_id.as_deref(), Some("1"));
+    let shown = serde_json::to_value(&request.conversation.messages[0]).unwrap();
     assert_eq!(shown, json!({"role": "system", "content": "a\nb"}));
 }
 

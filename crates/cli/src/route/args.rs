@@ -107,6 +107,17 @@ typed! {
     #[arg(long, value_name = "PORT", help_heading = "KV events")]
     kv_events_replay_port: u16,
 
+    /// Folder with the tokenizer.json that the replicas use, for replicas that do not serve it, as vLLM
+    /// [default: what each replica serves].
+    #[arg(long, value_name = "DIR", help_heading = "Tokens")]
+    tokenizer: PathBuf,
+    /// How often replicas are asked whether they tokenise as the router does [default: 60s].
+    #[arg(long, value_name = "TIME", help_heading = "Tokens")]
+    parity_interval: TimeSpan,
+    /// How long a request waits for its tokens; then it is routed without [default: 1s].
+    #[arg(long, value_name = "TIME", help_heading = "Tokens")]
+    tokenise_timeout: TimeSpan,
+
     /// cost, round_robin, random, least_requests, power_of_two, peak_ewma, consistent_hash, session or
     /// longest_prefix [default: cost].
     #[arg(long, value_name = "NAME", help_heading = "Choice")]

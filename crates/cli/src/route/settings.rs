@@ -1,5 +1,6 @@
 //! What was typed for `servelab route`, checked and ready to use.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,8 @@ use servelab_router::limits::KeyLimits;
 use servelab_router::limits::redis::{Away, BadRedisAddress, RedisAddress, RedisOptions, UnknownAway};
 use servelab_router::metrics::{MetricsError, RouterMetrics};
 use servelab_router::options::is_label;
+use servelab_router::parity::tokeniser::Tokeniser;
+use servelab_router::parity::watch::ParityOptions;
 use servelab_router::prompt::BLOCK_SIZE;
 use servelab_router::replicas::address::{Address, BadAddress};
 use servelab_router::replicas::probe::ProbeOptions;
@@ -20,6 +23,7 @@ use servelab_router::{
 use servelab_telemetry::{LogError, LogFormat, Secret, Traces};
 
 use super::args::{KvTransport, TypedRoute};
+use crate::load::for_prompts;
 use crate::open_files;
 use crate::secrets::{self, SecretError};
 use crate::settings::SettingsError;
@@ -58,6 +62,8 @@ pub enum RouteSettingsError {
     Policy(#[from] UnknownPolicy),
     #[error("--{name} is {value}; {rule}")]
     Range { name: &'static str, value: String, rule: &'static str },
+    #[error("--tokenizer {folder:?}: {error}; give the folder of the model that the replicas serve")]
+    Tokenizer { folder: String, error: String },
     #[error("--health-path {0:?} is no path; it begins with a slash, as /health")]
     HealthPath(String),
     #[error(
@@ -116,6 +122,7 @@ impl RouteSettings {
             },
             probe: probe(&typed)?,
             kv_events: kv_events(&typed)?,
+            parity: parity(&typed)?,
             timeouts: timeouts(&typed)?,
             hold: HoldOptions {
                 max_requests: typed.max_held.unwrap_or(1000),
@@ -254,6 +261,22 @@ fn kv_events(typed: &TypedRoute) -> Result<KvEventsOptions, RouteSettingsError> 
     Ok(KvEventsOptions { transport, zmq_port, replay_port })
 }
 
+fn parity(typed: &TypedRoute) -> Result<ParityOptions, RouteSettingsError> {
+    let usual = ParityOptions::default();
+    Ok(ParityOptions {
+        interval: time("parity-interval", typed.parity_interval, usual.interval)?,
+        tokenise_timeout: time("tokenise-timeout", typed.tokenise_timeout, usual.tokenise_timeout)?,
+        tokeniser: typed.tokenizer.as_deref().map(tokeniser).transpose()?.map(Arc::new),
+    })
+}
+
+fn tokeniser(folder: &Path) -> Result<Tokeniser, RouteSettingsError> {
+    let wrong = |error: String| RouteSettingsError::Tokenizer { folder: folder.display().to_string(), error };
+    let files = servelab_model::text_files(folder).map_err(|error| wrong(error.to_string()))?;
+    let tokenizer = files.tokenizer.as_deref().ok_or_else(|| wrong("there is no tokenizer.json".into()))?;
+    Tokeniser::new(&for_prompts(&files, tokenizer)).map_err(|error| wrong(error.to_string()))
+}
+
 fn timeouts(typed: &TypedRoute) -> Result<Timeouts, RouteSettingsError> {
     let usual = Timeouts::default();
     Ok(Timeouts {
@@ -379,7 +402,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_named() {
         type Change = fn(&mut TypedRoute);
-        let cases: [(Change, &str); 21] = [
+        let cases: [(Change, &str); 22] = [
             (|typed| typed.replica = None, "no replica is named"),
             (|typed| typed.replica = Some(vec!["a".into()]), "--replica \"a\" is no address"),
             (|typed| typed.replicas_dns = Some(vec!["a:b".into()]), "is no NAME:PORT"),
@@ -421,6 +444,11 @@ mod tests {
                 "not both",
             ),
             (|typed| typed.policy = Some("best".into()), "unknown policy \"best\""),
+            (
+                |typed| typed.tokenizer = Some("/nothing/here".into()),
+                "--tokenizer \"/nothing/here\": there is no tokenizer.json",
+            ),
+            (|typed| typed.parity_interval = Some(TimeSpan(Duration::ZERO)), "--parity-interval is 0"),
             (|typed| typed.hedge = Some(2.0), "--hedge is 2"),
             (|typed| typed.max_in_flight = Some(0), "--max-in-flight is 0"),
             (|typed| typed.metrics_prefix = Some("9".into()), "--metrics-prefix \"9\""),

@@ -31,14 +31,53 @@ pub struct FleetOptions {
     pub prior: Pace,
 }
 
+/// Names a tokenizer with its chat template: a hash over its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TokeniserId(pub u128);
+
+/// What the blocks of a replica are known by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hashing {
+    /// Pieces of text: see [`crate::prompt`].
+    #[default]
+    Text,
+    /// The token ids that the replica computes.
+    Tokens(TokeniserId),
+}
+
+impl Hashing {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Tokens(_) => "tokens",
+        }
+    }
+}
+
+/// A request's prompts as a tokenizer cuts them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exact {
+    pub tokeniser: TokeniserId,
+    /// Of all prompts.
+    pub tokens: u32,
+    /// Of the first one, whose chain it is.
+    pub first_tokens: u32,
+    pub chain: Vec<BlockHash>,
+}
+
 /// A request as the choice sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
+    /// Of all its prompts, as well as the router can count.
     pub tokens: u32,
-    /// Hashes of its full blocks; empty if it was not read.
+    /// Pieces of text of all its prompts, which is what `tokens` is as long as nobody has tokenised them. 0: the same.
+    pub pieces: u32,
+    /// Hashes of the full blocks of the first prompt's text; empty if it was not read.
     pub chain: Vec<BlockHash>,
-    /// The chain is over the tokens that a replica caches, and not a guess at them.
+    /// The chain is over the tokens themselves, since the prompt was given as token ids; no tokenizer has to be known.
     pub is_exact: bool,
+    /// The same in tokens, for each tokenizer that the replicas have.
+    pub exact: Vec<Exact>,
     /// A hash of the session's name, if the request has one.
     pub session: Option<u64>,
     /// Answers that are generated.
@@ -55,14 +94,63 @@ pub enum Knowledge {
     Guessed,
     /// The replica tells what changes, and what was before is guessed.
     Partial,
-    /// The replica tells everything. What is sent there is expected until the replica confirms it, if the prompt's
-    /// chain is exact; a chain that is a guess is noted as if the replica said nothing, under hashes of its own.
+    /// The replica tells everything. What is sent there is expected until the replica confirms it, if the router knows
+    /// the prompt's tokens ([`Prompt::is_exact_for`]); a prompt of which it knows only the text is noted as if the
+    /// replica said nothing, under hashes of its own.
     Precise,
+}
+
+impl Prompt {
+    pub fn exact(&self, tokeniser: TokeniserId) -> Option<&Exact> {
+        self.exact.iter().find(|exact| exact.tokeniser == tokeniser)
+    }
+
+    /// Whether its chain for a replica is over the tokens that the replica caches, and so of the blocks that it tells
+    /// of.
+    pub fn is_exact_for(&self, hashing: Hashing) -> bool {
+        match hashing {
+            Hashing::Text => self.is_exact,
+            Hashing::Tokens(tokeniser) => self.is_exact || self.exact(tokeniser).is_some(),
+        }
+    }
+
+    /// The blocks by which a replica knows it; none if it was not tokenised for that one.
+    fn chain(&self, hashing: Hashing) -> &[BlockHash] {
+        match hashing {
+            Hashing::Text => &self.chain,
+            Hashing::Tokens(tokeniser) => match self.exact(tokeniser) {
+                Some(exact) => &exact.chain,
+                None if self.is_exact => &self.chain,
+                None => &[],
+            },
+        }
+    }
+
+    /// The tokens that `blocks` blocks of `size` stand for, on a replica with blocks of `own`.
+    fn matched_tokens(&self, hashing: Hashing, blocks: u32, size: u32, own: u32) -> u32 {
+        let matched = u64::from(blocks) * u64::from(size);
+        let tokens = match hashing {
+            Hashing::Text if self.pieces > 0 && !self.is_exact => {
+                matched * u64::from(self.tokens) / u64::from(self.pieces)
+            }
+            Hashing::Text => matched,
+            // A replica holds whole blocks of its own, and computes at least one token of a prompt that it holds whole.
+            Hashing::Tokens(tokeniser) => {
+                let tokens = self.exact(tokeniser).map_or(self.tokens, |exact| exact.first_tokens);
+                let most = tokens.saturating_sub(1);
+                matched.min(most.into()) / u64::from(own.max(1)) * u64::from(own.max(1))
+            }
+        };
+        u32::try_from(tokens).unwrap_or(u32::MAX)
+    }
 }
 
 /// A replica.
 #[derive(Debug)]
 struct Member {
+    hashing: Hashing,
+    /// Tokens per block of its cache.
+    block_size: u32,
     /// A hash of its address.
     key: u64,
     load: Arc<Load>,
@@ -89,6 +177,7 @@ pub struct Fleet {
     answer_tokens: Option<f64>,
     /// Kept between lookups.
     matches: Matches,
+    exact_matches: Matches,
 }
 
 /// Blocks of a replica that has not told how many it has: as many as fit into the index.
@@ -111,6 +200,7 @@ impl Fleet {
             now: Duration::ZERO,
             answer_tokens: None,
             matches: Matches::default(),
+            exact_matches: Matches::default(),
         }
     }
 
@@ -136,7 +226,17 @@ impl Fleet {
         let replica = ReplicaId(place as u8);
         let (rates, latency) = (Rates::default(), PeakEwma::default());
         let (knowledge, capacity) = (Knowledge::default(), UNKNOWN_LIMIT);
-        self.members[place] = Some(Member { key, load: Arc::default(), rates, latency, knowledge, capacity });
+        let (hashing, block_size) = (Hashing::default(), self.block_size);
+        self.members[place] = Some(Member {
+            hashing,
+            block_size,
+            key,
+            load: Arc::default(),
+            rates,
+            latency,
+            knowledge,
+            capacity,
+        });
         self.present.insert(replica);
         self.index.add(replica, UNKNOWN_LIMIT);
         Some(replica)
@@ -179,6 +279,29 @@ impl Fleet {
             Knowledge::Partial | Knowledge::Precise => member.capacity.saturating_mul(2),
         };
         self.index.add(replica, limit);
+    }
+
+    /// The replica has told how many tokens a block of its cache has.
+    pub fn set_block_size(&mut self, replica: ReplicaId, tokens: u32) {
+        if let Some(member) = self.member_mut(replica) {
+            member.block_size = tokens;
+        }
+    }
+
+    /// What the replica's blocks are known by from now on. What was guessed under another name is forgotten; what the
+    /// replica told is of tokens, and stands. True if it is a change.
+    pub fn set_hashing(&mut self, replica: ReplicaId, hashing: Hashing) -> bool {
+        let Some(member) = self.member_mut(replica) else { return false };
+        let changed = std::mem::replace(&mut member.hashing, hashing) != hashing;
+        if changed && member.knowledge == Knowledge::Guessed {
+            self.clear(replica);
+        }
+        changed
+    }
+
+    /// What the replica's blocks are known by.
+    pub fn hashing(&self, replica: ReplicaId) -> Hashing {
+        self.member(replica).map_or(Hashing::default(), |member| member.hashing)
     }
 
     /// The replica's cache is empty: it was reset, or the replica was started anew.
@@ -254,6 +377,14 @@ impl Fleet {
         }
         let mut matches = std::mem::take(&mut self.matches);
         self.index.matches(&prompt.chain, &mut matches);
+        // A replica that is known by tokens holds no block of a text, and the other way round.
+        for exact in &prompt.exact {
+            self.index.matches(&exact.chain, &mut self.exact_matches);
+            let known_by = Hashing::Tokens(exact.tokeniser);
+            for replica in self.present.iter().filter(|replica| self.hashing(*replica) == known_by) {
+                matches.set(replica, self.exact_matches.of(replica));
+            }
+        }
         let decision = self.decide_with(now, prompt, eligible, &matches);
         self.matches = matches;
         decision
@@ -276,7 +407,12 @@ impl Fleet {
                 load: member.load.view(),
                 pace: member.rates.pace(mean),
                 latency_seconds: member.latency.seconds(now),
-                matched_tokens: matches.of(replica).saturating_mul(self.block_size),
+                matched_tokens: prompt.matched_tokens(
+                    member.hashing,
+                    matches.of(replica),
+                    self.block_size,
+                    member.block_size,
+                ),
             })
         };
         let candidates: Vec<Candidate> = self.present.and(eligible).iter().filter_map(candidate).collect();
@@ -293,10 +429,12 @@ impl Fleet {
     /// hold its prompt. `None` if the replica is gone.
     pub fn dispatch(&mut self, replica: ReplicaId, prompt: &Prompt, matched_tokens: u32) -> Option<Dispatch> {
         let load = self.load(replica)?.clone();
-        if self.knowledge(replica) == Knowledge::Precise && prompt.is_exact {
-            self.expect(replica, &prompt.chain);
+        let hashing = self.hashing(replica);
+        let chain = prompt.chain(hashing);
+        if self.knowledge(replica) == Knowledge::Precise && prompt.is_exact_for(hashing) {
+            self.expect(replica, chain);
         } else {
-            self.index.touch(replica, &prompt.chain);
+            self.index.touch(replica, chain);
         }
         let sequences = prompt.sequences.max(1);
         let answers = u64::from(self.likely_output_tokens(prompt) / 2) * u64::from(sequences);
@@ -350,7 +488,7 @@ mod tests {
     fn prompt(first: u32, tokens: u32) -> Prompt {
         let ids: Vec<u32> = (first..first + tokens).collect();
         let chain = hash_blocks(&ids, 16, 0);
-        Prompt { tokens, chain, is_exact: true, sequences: 1, output_tokens: 100, session: None }
+        Prompt { tokens, chain, is_exact: true, sequences: 1, output_tokens: 100, ..Prompt::default() }
     }
 
     fn send(fleet: &mut Fleet, prompt: &Prompt, eligible: &ReplicaSet) -> (Decision, Dispatch) {
@@ -403,6 +541,44 @@ mod tests {
         assert_eq!((of_newcomer.matched_tokens, of_newcomer.queue_seconds), (0, 0.0));
     }
 
+    /// The same prompt as text of four pieces a token, and as tokens.
+    fn tokenised(first: u32, tokens: u32, tokeniser: TokeniserId) -> Prompt {
+        let Prompt { chain, .. } = prompt(first, tokens);
+        let exact = Exact { tokeniser, tokens, first_tokens: tokens, chain };
+        let text = Prompt { is_exact: false, ..prompt(first + 1_000_000, 4 * tokens) };
+        Prompt { tokens, pieces: 4 * tokens, exact: vec![exact], ..text }
+    }
+
+    #[test]
+    fn each_replica_is_matched_by_what_its_blocks_are_known_by() {
+        let (mut fleet, all) = fleet(Policy::Cost, 2);
+        let [by_tokens, by_text] = all.iter().collect::<Vec<_>>().try_into().unwrap();
+        let id = TokeniserId(7);
+        assert!(
+            fleet.set_hashing(by_tokens, Hashing::Tokens(id)) && !fleet.set_hashing(by_text, Hashing::Text)
+        );
+        let prompt = tokenised(0, 320, id);
+        for replica in [by_tokens, by_text] {
+            drop(fleet.dispatch(replica, &prompt, 0));
+        }
+        let matched = |fleet: &mut Fleet, prompt: &Prompt| {
+            let table = fleet.decide(Duration::ZERO, prompt, &all).unwrap().table;
+            [by_tokens, by_text]
+                .map(|id| table.iter().find(|terms| terms.replica == id).unwrap().matched_tokens)
+        };
+        assert_eq!(matched(&mut fleet, &prompt), [304, 319], "of a whole prompt one token is computed");
+        let other_tokeniser = tokenised(0, 320, TokeniserId(8));
+        assert_eq!(matched(&mut fleet, &other_tokeniser), [0, 319]);
+        let not_tokenised = Prompt { exact: Vec::new(), tokens: 1280, ..prompt.clone() };
+        assert_eq!(matched(&mut fleet, &not_tokenised), [0, 1279]);
+        fleet.set_block_size(by_tokens, 64);
+        assert_eq!(matched(&mut fleet, &prompt), [256, 319], "its blocks are larger");
+        assert!(fleet.set_hashing(by_tokens, Hashing::Text), "parity is lost");
+        assert_eq!(matched(&mut fleet, &prompt), [0, 319]);
+        drop(fleet.dispatch(by_tokens, &prompt, 0));
+        assert_eq!(matched(&mut fleet, &prompt), [319, 319], "text hashing still finds it");
+    }
+
     #[test]
     fn the_cache_of_a_replica_bounds_what_it_is_thought_to_hold() {
         let (mut fleet, all) = fleet(Policy::Cost, 1);
@@ -440,6 +616,32 @@ mod tests {
         let guess = Prompt { is_exact: false, ..prompt(90_000, 64) };
         drop(fleet.dispatch(replica, &guess, 0));
         assert_eq!(matched(&mut fleet, 10 * crate::choice::expected::PATIENCE, &guess), 63);
+    }
+
+    /// What a replica tells is of tokens: it counts for a prompt whose tokens are known, and stands while they are not.
+    #[test]
+    fn what_a_replica_tells_counts_for_prompts_in_its_own_tokens() {
+        let (mut fleet, all) = fleet(Policy::Cost, 1);
+        let replica = all.iter().next().unwrap();
+        let id = TokeniserId(7);
+        let (text, sent) = (tokenised(0, 64, id), tokenised(50_000, 64, id));
+        fleet.set_knowledge(replica, Knowledge::Precise);
+        text.exact[0].chain.iter().for_each(|block| fleet.stored(replica, *block));
+        let matched = |fleet: &mut Fleet, now, prompt: &Prompt| {
+            fleet.decide(now, prompt, &all).unwrap().terms().unwrap().matched_tokens
+        };
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &text), 0, "the replica's tokens are not known");
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &prompt(0, 64)), 63, "but those of token ids are");
+        fleet.set_hashing(replica, Hashing::Tokens(id));
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &text), 48);
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &prompt(0, 64)), 48);
+        drop(fleet.dispatch(replica, &sent, 0));
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &sent), 48, "it is expected");
+        assert_eq!(matched(&mut fleet, crate::choice::expected::PATIENCE, &sent), 0, "it was not confirmed");
+        fleet.set_hashing(replica, Hashing::Text);
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &text), 0, "parity is lost");
+        fleet.set_hashing(replica, Hashing::Tokens(id));
+        assert_eq!(matched(&mut fleet, Duration::ZERO, &text), 48, "and found again");
     }
 
     #[test]

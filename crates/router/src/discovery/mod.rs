@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use self::kubernetes::{KubernetesError, Watched};
 use crate::events::{self, KvEventsOptions};
 use crate::options::{Dns, Source};
+use crate::parity::watch::Watch;
 use crate::replicas::address::Address;
 use crate::replicas::client::Client;
 use crate::replicas::probe::{self, ProbeOptions};
@@ -31,6 +32,7 @@ pub struct Members {
     kv_events: Arc<KvEventsOptions>,
     /// For replicas that ask for one.
     key: Option<HeaderValue>,
+    parity: Arc<Watch>,
     listed: Mutex<BTreeMap<usize, BTreeSet<Address>>>,
 }
 
@@ -41,9 +43,10 @@ impl Members {
         probe: ProbeOptions,
         kv_events: KvEventsOptions,
         key: Option<HeaderValue>,
+        parity: Arc<Watch>,
     ) -> Self {
         let (probe, kv_events) = (Arc::new(probe), Arc::new(kv_events));
-        Self { registry, client, probe, kv_events, key, listed: Mutex::default() }
+        Self { registry, client, probe, kv_events, key, parity, listed: Mutex::default() }
     }
 
     /// The source `number` lists these now, and no others.
@@ -93,6 +96,7 @@ impl Members {
             self.kv_events.clone(),
             self.key.clone(),
         ));
+        tokio::spawn(self.parity.clone().follow(replica.clone()));
         tokio::spawn(probe::watch(registry, replica, client, self.probe.clone()));
         Ok(true)
     }
@@ -153,6 +157,8 @@ mod tests {
     use crate::choice::fleet::FleetOptions;
     use crate::choice::policy::Policy;
     use crate::choice::rates::Pace;
+    use crate::parity::tokeniser::Tokenisers;
+    use crate::parity::watch::ParityOptions;
     use crate::replicas::client::client;
 
     pub(super) fn members() -> (Arc<Members>, Arc<Registry>) {
@@ -164,16 +170,16 @@ mod tests {
             prior: Pace::default(),
         }));
         let client = client(Duration::from_millis(100));
-        (
-            Arc::new(Members::new(
-                registry.clone(),
-                client,
-                ProbeOptions::default(),
-                KvEventsOptions::default(),
-                None,
-            )),
-            registry,
-        )
+        let watch = Arc::new(Watch {
+            registry: registry.clone(),
+            client: client.clone(),
+            key: None,
+            options: ParityOptions::default(),
+            tokenisers: Tokenisers::default(),
+        });
+        let (probe, kv_events) = (ProbeOptions::default(), KvEventsOptions::default());
+        let members = Members::new(registry.clone(), client, probe, kv_events, None, watch);
+        (Arc::new(members), registry)
     }
 
     fn set(ports: &[u16]) -> BTreeSet<Address> {

@@ -18,6 +18,7 @@ use super::headers::remove_hop_by_hop;
 use super::spans;
 use super::stream::Causes;
 use crate::app::App;
+use crate::choice::fleet::Hashing;
 use crate::choice::load::Dispatch;
 use crate::choice::picker::Decision;
 use crate::errors::RouterError;
@@ -57,6 +58,7 @@ pub struct Attempt {
 pub struct Choice {
     pub replica: Arc<Replica>,
     pub decision: Decision,
+    pub hashing: Hashing,
 }
 
 /// An answer that has begun.
@@ -99,8 +101,8 @@ pub async fn attempt(
     chosen: Chosen,
     which: Attempt,
 ) -> Result<Begun, Failed> {
-    let Chosen { replica, decision, mut dispatch, mut ticket } = chosen;
-    let chosen = Choice { replica, decision };
+    let Chosen { replica, decision, hashing, mut dispatch, mut ticket } = chosen;
+    let chosen = Choice { replica, decision, hashing };
     let mut span = spans::of_attempt(&outgoing.trace, &chosen.replica.address, which);
     let began = Instant::now();
     // An answer that comes whole does not show when its prompt was computed; then the estimate has to do.

@@ -67,24 +67,25 @@ pub struct Flight {
     pub sent: Sent,
     /// The answer is not an error.
     pub is_success: bool,
-    /// The router's estimates, in tokens.
-    pub prompt_tokens: u32,
-    pub predicted_hit_tokens: u32,
+    pub expected: Expected,
     usage: StreamUsage,
     used: Option<Used>,
 }
 
+/// What the router expected of a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Expected {
+    /// Of all prompts.
+    pub prompt_tokens: u32,
+    pub hit_tokens: u32,
+    /// The replica was matched by its own tokens, and the prompt has that many of them.
+    pub exact_tokens: Option<u32>,
+}
+
 impl Flight {
-    pub fn new(
-        visit: Visit,
-        admission: Admission,
-        sent: Sent,
-        is_success: bool,
-        prompt_tokens: u32,
-        predicted_hit_tokens: u32,
-    ) -> Self {
+    pub fn new(visit: Visit, admission: Admission, sent: Sent, is_success: bool, expected: Expected) -> Self {
         let (usage, used) = (StreamUsage::default(), None);
-        Self { visit, admission, sent, is_success, prompt_tokens, predicted_hit_tokens, usage, used }
+        Self { visit, admission, sent, is_success, expected, usage, used }
     }
 
     /// A piece of a stream of events passes.
@@ -112,12 +113,17 @@ impl Drop for Flight {
     fn drop(&mut self) {
         let app = &self.visit.app;
         let used = self.used.or(self.usage.used());
-        spans::tell_used(&self.visit.trace, used, self.predicted_hit_tokens);
+        spans::tell_used(&self.visit.trace, used, self.expected.hit_tokens);
         if let Some(used) = used {
             app.metrics.prompt_tokens.inc_by(used.prompt_tokens.into());
             app.metrics.confirmed_hit_tokens.inc_by(used.cached_tokens.into());
-            app.metrics.predicted_hit_tokens.inc_by(self.predicted_hit_tokens.into());
+            app.metrics.predicted_hit_tokens.inc_by(self.expected.hit_tokens.into());
             app.registry.completed(used.completion_tokens, self.sent.dispatch.sequences());
+            // Every answer is a canary too.
+            if self.expected.exact_tokens.is_some_and(|tokens| tokens != used.prompt_tokens) {
+                app.metrics.token_count_mismatches.inc();
+                self.sent.ticket.doubt_parity();
+            }
         }
         let Some(reservation) = self.admission.reservation.take() else { return };
         let now = app.registry.now();
@@ -128,7 +134,8 @@ impl Drop for Flight {
             None if !self.is_success => reservation.settle(now, 0),
             // A stream that does not tell has about a token an event.
             None if self.usage.events() > 0 => {
-                reservation.settle(now, u64::from(self.prompt_tokens) + u64::from(self.usage.events()));
+                reservation
+                    .settle(now, u64::from(self.expected.prompt_tokens) + u64::from(self.usage.events()));
             }
             None => {}
         }

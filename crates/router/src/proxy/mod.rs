@@ -19,15 +19,17 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, request, response};
 use rand::Rng;
+use serde_json::Value;
 use servelab_front::request_id;
 use servelab_telemetry::RequestTrace;
 
-use self::attempt::{Attempt, Beginning, Begun, Failed, Outgoing, attempt};
-use self::flight::{Admission, Flight, Sent, Visit};
+use self::attempt::{Attempt, Beginning, Begun, Choice, Failed, Outgoing, attempt};
+use self::flight::{Admission, Expected, Flight, Sent, Visit};
 use self::stream::AnswerBody;
 use crate::app::App;
+use crate::choice::fleet::{Hashing, TokeniserId};
 use crate::choice::replica_set::ReplicaSet;
-use crate::decisions::{Explained, Noted};
+use crate::decisions::{Explained, Noted, Purpose};
 use crate::errors::RouterError;
 use crate::limits::queue::Full;
 use crate::limits::{Levels, Reservation};
@@ -78,17 +80,25 @@ pub fn generates(parts: &request::Parts) -> bool {
     request_id::generates(&parts.method, parts.uri.path())
 }
 
-/// Reads what the choice needs of a request; nothing of one that generates nothing.
-pub async fn asked(incoming: &Incoming) -> Asked {
+/// Reads what the choice needs of a request, and tokenises it if replicas have parity; nothing of one that generates
+/// nothing.
+pub async fn asked(app: &App, incoming: &Incoming) -> Asked {
     let Incoming { parts, body, .. } = incoming;
     if !generates(parts) {
         return Asked::default();
     }
-    if body.len() <= READ_INLINE_BYTES {
-        return prompt::read(body, &parts.headers);
-    }
-    let (body, headers) = (body.clone(), parts.headers.clone());
-    tokio::task::spawn_blocking(move || prompt::read(&body, &headers)).await.unwrap_or_default()
+    let read = |body: &[u8], headers: &HeaderMap| {
+        let value: Value = serde_json::from_slice(body).unwrap_or_default();
+        (prompt::read(&value, headers), value)
+    };
+    let (mut asked, value) = if body.len() <= READ_INLINE_BYTES {
+        read(body, &parts.headers)
+    } else {
+        let (body, headers) = (body.clone(), parts.headers.clone());
+        tokio::task::spawn_blocking(move || read(&body, &headers)).await.unwrap_or_default()
+    };
+    asked.set_exact(app.desk.exact(value, body.len(), app.registry.tokenisers()).await);
+    asked
 }
 
 /// The answer of some replica, or why there is none.
@@ -114,7 +124,20 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
 /// The router's estimates of a request, and when its answer must be there.
 struct Estimate {
     prompt_tokens: u32,
+    exact: Vec<(TokeniserId, u32)>,
     end: tokio::time::Instant,
+}
+
+impl Estimate {
+    /// What is expected of the replica that was chosen.
+    fn of(&self, chosen: &Choice) -> Expected {
+        let exact = self.exact.iter().find(|(tokeniser, _)| chosen.hashing == Hashing::Tokens(*tokeniser));
+        Expected {
+            prompt_tokens: self.prompt_tokens,
+            hit_tokens: chosen.decision.terms().map_or(0, |terms| terms.matched_tokens),
+            exact_tokens: exact.map(|(_, tokens)| *tokens),
+        }
+    }
 }
 
 type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate, Option<Arc<Noted>>);
@@ -124,7 +147,8 @@ async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Re
     let trace = parts.extensions.get::<RequestTrace>().cloned().unwrap_or_default();
     let admission = spans::timed(&trace, "wait", admit(app, &parts, key, &asked)).await?;
     let end = tokio::time::Instant::now() + app.timeouts.total;
-    let estimate = Estimate { prompt_tokens: asked.prompt.tokens, end };
+    let exact = asked.prompt.exact.iter().map(|exact| (exact.tokeniser, exact.tokens)).collect();
+    let estimate = Estimate { prompt_tokens: asked.prompt.tokens, exact, end };
     let explains = parts.headers.contains_key(DECISION_HEADER);
     let outgoing = Outgoing { parts, body, asked, end, trace };
     app.budget.earn();
@@ -248,12 +272,16 @@ async fn backoff(number: u32) {
 fn note(app: &App, outgoing: &Outgoing, chosen: &Chosen, number: u32) -> Arc<Noted> {
     let policy = app.policy;
     app.metrics.chose(policy, chosen.decision.reason);
+    let purpose = Purpose {
+        request_id: attempt::request_id(&outgoing.parts),
+        attempt: number,
+        prompt_tokens: outgoing.asked.prompt.tokens,
+    };
     let noted = Arc::new(Noted::new(
         &chosen.decision,
         policy.name(),
-        outgoing.asked.prompt.tokens,
-        number,
-        attempt::request_id(&outgoing.parts),
+        chosen.hashing.name(),
+        purpose,
         app.registry.now(),
         |replicas| app.registry.names(replicas),
     ));
@@ -328,18 +356,18 @@ fn answer(
         &mut begun.parts.headers,
     );
     let Begun { chosen, dispatch, ticket, parts, body, span } = begun;
-    let matched = chosen.decision.terms().map_or(0, |terms| terms.matched_tokens);
     let is_success = parts.status.is_success();
+    let expected = estimate.of(&chosen);
     let sent = Sent { dispatch, ticket, span };
-    let mut flight = Flight::new(visit, admission, sent, is_success, estimate.prompt_tokens, matched);
+    let mut flight = Flight::new(visit, admission, sent, is_success, expected);
     let body = match body {
         Beginning::Whole(bytes) => {
             flight.answered(usage::of_answer(&bytes));
             AnswerOf::Whole(bytes)
         }
         Beginning::Streams { is_events, first, rest } => {
-            let cut = app.cut.clone().cancelled_owned();
-            let body = AnswerBody::new(first, rest, is_events, app.timeouts, estimate.end, cut, flight);
+            let body =
+                AnswerBody::new(first, rest, is_events, app.timeouts, estimate.end, app.cut.clone(), flight);
             AnswerOf::Stream(Box::new(body))
         }
     };

@@ -1,22 +1,84 @@
 //! An answer on its way through: read from the replica only as fast as the client takes it, with no buffer between.
-//! Dropping it closes the connection to the replica.
+//! Dropping it closes the connection to the replica. A client that does not read at all asks for nothing, so that no
+//! poll can notice that its time is over: a task of its own does.
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::flight::Flight;
 use super::whole_events::WholeEvents;
 use crate::errors::RouterError;
 use crate::options::Timeouts;
 
+/// After the end of everything, for those who read to hear why.
+const GRACE: Duration = Duration::from_secs(1);
+
 pub struct AnswerBody {
+    /// `None` once its time was over and nobody read.
+    passing: Arc<Mutex<Option<Passing>>>,
+    timeouts: Timeouts,
+    _watch: AbortOnDropHandle<()>,
+}
+
+impl AnswerBody {
+    /// `first` came already. `end`: when the whole answer must be there. `cut` ends it at once.
+    pub fn new(
+        first: Option<Frame<Bytes>>,
+        rest: Incoming,
+        is_events: bool,
+        timeouts: Timeouts,
+        end: Instant,
+        cut: CancellationToken,
+        flight: Flight,
+    ) -> Self {
+        let last = Instant::now();
+        let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
+        let events = is_events.then(WholeEvents::default);
+        let watched = cut.clone();
+        let cut = Box::pin(cut.cancelled_owned());
+        let passing =
+            Passing { first, rest, events, timeouts, timer, last, end, cut, flight, state: State::Passing };
+        let passing = Arc::new(Mutex::new(Some(passing)));
+        let watch = tokio::spawn(give_up(passing.clone(), end, watched));
+        Self { passing, timeouts, _watch: AbortOnDropHandle::new(watch) }
+    }
+}
+
+/// Closes the connection to the replica, and ends what counts the request, when its time is over.
+async fn give_up(passing: Arc<Mutex<Option<Passing>>>, end: Instant, cut: CancellationToken) {
+    let _ = tokio::time::timeout_at(end, cut.cancelled()).await;
+    tokio::time::sleep(GRACE).await;
+    let over = passing.lock().unwrap_or_else(PoisonError::into_inner).take();
+    drop(over);
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = RouterError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
+        match &mut *self.passing.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(passing) => passing.poll_frame(context),
+            None => Poll::Ready(Some(Err(RouterError::Total(self.timeouts.total)))),
+        }
+    }
+}
+
+/// An answer of which something may still come.
+struct Passing {
     first: Option<Frame<Bytes>>,
     rest: Incoming,
     /// Of a stream of server-sent events.
@@ -40,23 +102,7 @@ enum State {
     Ended,
 }
 
-impl AnswerBody {
-    /// `first` came already. `end`: when the whole answer must be there. `cut` ends it at once.
-    pub fn new(
-        first: Option<Frame<Bytes>>,
-        rest: Incoming,
-        is_events: bool,
-        timeouts: Timeouts,
-        end: Instant,
-        cut: WaitForCancellationFutureOwned,
-        flight: Flight,
-    ) -> Self {
-        let last = Instant::now();
-        let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
-        let (cut, events) = (Box::pin(cut), is_events.then(WholeEvents::default));
-        Self { first, rest, events, timeouts, timer, last, end, cut, flight, state: State::Passing }
-    }
-
+impl Passing {
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(first)));
@@ -112,45 +158,36 @@ impl AnswerBody {
         }
         Poll::Ready(Some(Err(error)))
     }
-}
 
-impl Body for AnswerBody {
-    type Data = Bytes;
-    type Error = RouterError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
-        let this = &mut *self;
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
         loop {
-            if let Some(whole) = this.events.as_mut().and_then(WholeEvents::pop) {
+            if let Some(whole) = self.events.as_mut().and_then(WholeEvents::pop) {
                 return Poll::Ready(Some(Ok(Frame::data(whole))));
             }
-            match this.state {
+            match self.state {
                 State::Ended => return Poll::Ready(None),
                 State::Last => {
-                    this.state = State::Ended;
-                    this.flight.answered(None);
+                    self.state = State::Ended;
+                    self.flight.answered(None);
                     return Poll::Ready(None);
                 }
                 State::Passing => {}
             }
-            match ready!(this.next(context)) {
+            match ready!(self.next(context)) {
                 Some(Ok(frame)) => {
-                    let Some(events) = &mut this.events else { return Poll::Ready(Some(Ok(frame))) };
+                    let Some(events) = &mut self.events else { return Poll::Ready(Some(Ok(frame))) };
                     match frame.into_data() {
                         Ok(data) => {
-                            this.flight.events(&data);
+                            self.flight.events(&data);
                             events.push(data);
                         }
                         Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
                     }
                 }
-                Some(Err(error)) => return this.fail(error),
+                Some(Err(error)) => return self.fail(error),
                 None => {
-                    this.state = State::Last;
-                    if let Some(events) = &mut this.events {
+                    self.state = State::Last;
+                    if let Some(events) = &mut self.events {
                         events.pass_rest();
                     }
                 }

@@ -11,6 +11,8 @@ pub struct Exposition {
     /// `None` unless running, waiting and the share of the cache were all there.
     pub report: Option<Report>,
     pub counters: Counters,
+    /// Tokens per block of the KV cache.
+    pub block_size: Option<u32>,
     /// Tokens that the KV cache holds.
     pub capacity_tokens: Option<u64>,
     /// When the process began, in seconds since the Unix epoch: another value is another process.
@@ -50,7 +52,11 @@ pub fn read(text: &str, prefixes: &[String], at: Duration) -> Exposition {
             "request_prefill_time_seconds_sum" => read.counters.prefill_seconds += value,
             "inter_token_latency_seconds_sum" => read.counters.token_gap_seconds += value,
             "inter_token_latency_seconds_count" => read.counters.token_gaps += value,
-            "cache_config_info" => read.capacity_tokens = capacity(labels).or(read.capacity_tokens),
+            "cache_config_info" => {
+                read.capacity_tokens = capacity(labels).or(read.capacity_tokens);
+                let block_size = label(labels, "block_size").and_then(|size| u32::try_from(size).ok());
+                read.block_size = block_size.filter(|size| *size > 0).or(read.block_size);
+            }
             _ => {}
         }
     }
@@ -75,11 +81,12 @@ fn sample(line: &str) -> Option<(&str, f64)> {
 }
 
 fn capacity(labels: &str) -> Option<u64> {
-    let label = |name: &str| -> Option<u64> {
-        let at = labels.find(&format!("{name}=\""))? + name.len() + 2;
-        labels[at..].split('"').next()?.parse().ok()
-    };
-    label("block_size")?.checked_mul(label("num_gpu_blocks")?)
+    label(labels, "block_size")?.checked_mul(label(labels, "num_gpu_blocks")?)
+}
+
+fn label(labels: &str, name: &str) -> Option<u64> {
+    let at = labels.find(&format!("{name}=\""))? + name.len() + 2;
+    labels[at..].split('"').next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -111,7 +118,7 @@ process_start_time_seconds 1.7e9
     fn what_the_choice_needs_is_found() {
         let read = read(TEXT, &prefixes(), Duration::from_secs(7));
         assert_eq!(read.report, Some(Report { running: 7, waiting: 2, kv_usage: 0.5 }));
-        assert_eq!(read.capacity_tokens, Some(16_000));
+        assert_eq!((read.capacity_tokens, read.block_size), (Some(16_000), Some(16)));
         assert_eq!(read.process_start_seconds, Some(1.7e9));
         let counters = read.counters;
         assert_eq!((counters.at.as_secs(), counters.computed_prompt_tokens), (7, 600.0));

@@ -6,18 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
 use super::breaker::{Breaker, BreakerState};
 use super::exposition::Exposition;
-use crate::choice::fleet::{Fleet, FleetOptions, Knowledge, Prompt};
+use crate::choice::fleet::{Fleet, FleetOptions, Hashing, Knowledge, Prompt};
 use crate::choice::load::Dispatch;
 use crate::choice::picker::Decision;
 use crate::choice::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
 use crate::events::mirror::Change;
 use crate::events::{StreamState, StreamStats};
+use crate::parity::Parity;
+use crate::parity::tokeniser::Tokeniser;
 
 /// Whether a replica may get requests, by its own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Replica {
     lost: watch::Sender<bool>,
     /// Its stream of KV events.
     pub kv: StreamStats,
+    /// Told when what it tokenises with may have changed.
+    pub check_parity: Notify,
     state: Mutex<State>,
 }
 
@@ -63,6 +67,7 @@ struct State {
     health: Health,
     breaker: Breaker,
     process_start_seconds: Option<f64>,
+    parity: Parity,
 }
 
 impl Replica {
@@ -83,6 +88,11 @@ impl Replica {
         // The sender is at hand as long as `self`.
         let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
     }
+
+    /// Whether the router tokenises as it does, by the last check.
+    pub fn parity(&self) -> Parity {
+        lock(&self.state).parity.clone()
+    }
 }
 
 /// There are as many replicas as the router can tell apart.
@@ -97,6 +107,8 @@ pub struct TooMany;
 pub struct Chosen {
     pub replica: Arc<Replica>,
     pub decision: Decision,
+    /// What the match was found by.
+    pub hashing: Hashing,
     pub dispatch: Dispatch,
     pub ticket: Ticket,
 }
@@ -107,6 +119,12 @@ pub struct ReplicaView {
     pub url: String,
     pub health: &'static str,
     pub breaker: &'static str,
+    /// Whether the router tokenises as it does: `kept`, `lost` or `unknown`.
+    pub parity: &'static str,
+    /// Why it is not kept.
+    pub parity_detail: Option<String>,
+    /// What its blocks are known by: `tokens` or `text`.
+    pub hashing: &'static str,
     pub in_flight: u32,
     pub pending_prefill_tokens: u64,
     pub decoding: u32,
@@ -134,11 +152,16 @@ pub struct Registry {
 struct Inner {
     fleet: Fleet,
     replicas: BTreeMap<ReplicaId, Arc<Replica>>,
+    /// Those that prompts are tokenised with, because replicas do.
+    tokenisers: Vec<Arc<Tokeniser>>,
 }
+
+/// Tokenisers that a prompt goes through at most: one, and a second while a new model is rolled out.
+const MAX_TOKENISERS: usize = 2;
 
 impl Registry {
     pub fn new(options: FleetOptions) -> Self {
-        let inner = Inner { fleet: Fleet::new(options), replicas: BTreeMap::new() };
+        let inner = Inner { fleet: Fleet::new(options), replicas: BTreeMap::new(), tokenisers: Vec::new() };
         Self { start: Instant::now(), inner: Mutex::new(inner), changes: watch::Sender::new(0) }
     }
 
@@ -162,8 +185,12 @@ impl Registry {
             return Ok(None);
         }
         let id = inner.fleet.add(address.key()).ok_or(TooMany)?;
-        let state =
-            State { health: Health::Unknown, breaker: Breaker::default(), process_start_seconds: None };
+        let state = State {
+            health: Health::Unknown,
+            breaker: Breaker::default(),
+            process_start_seconds: None,
+            parity: Parity::Unknown,
+        };
         let replica = Arc::new(Replica {
             id,
             address: address.clone(),
@@ -171,6 +198,7 @@ impl Registry {
             removed: CancellationToken::new(),
             lost: watch::Sender::new(false),
             kv: StreamStats::default(),
+            check_parity: Notify::new(),
             state: Mutex::new(state),
         });
         inner.replicas.insert(id, replica.clone());
@@ -190,6 +218,7 @@ impl Registry {
         replica.removed.cancel();
         inner.replicas.remove(&replica.id);
         inner.fleet.remove(replica.id);
+        inner.settle_tokenisers();
         tracing::info!(replica = %address, "a replica was removed");
         true
     }
@@ -237,7 +266,8 @@ impl Registry {
         let dispatch = inner.fleet.dispatch(replica.id, prompt, matched)?;
         let tries = lock(&replica.state).breaker.begin(now);
         let ticket = Ticket { registry: self.clone(), replica: replica.clone(), tries, told: false };
-        Some(Chosen { replica, decision, dispatch, ticket })
+        let hashing = inner.fleet.hashing(replica.id);
+        Some(Chosen { replica, decision, hashing, dispatch, ticket })
     }
 
     /// A health check has an answer.
@@ -252,8 +282,49 @@ impl Registry {
             state.health = health;
         }
         if ready {
+            replica.check_parity.notify_one();
             self.changed();
         }
+    }
+
+    /// What a check of the replica's tokens has found. A change is told in the log, a loss loudly.
+    pub fn set_parity(&self, replica: &Arc<Replica>, parity: Parity) {
+        let mut inner = lock(&self.inner);
+        if !inner.is_current(replica) {
+            return;
+        }
+        {
+            let before = &mut lock(&replica.state).parity;
+            // A question that got no clear answer changes nothing that is known; a new start has forgotten it already.
+            let is_known = matches!(before, Parity::Kept(_) | Parity::Lost(_));
+            if parity.is(before) || is_known && matches!(parity, Parity::Unclear(_)) {
+                return;
+            }
+            *before = parity.clone();
+        }
+        let (name, detail) = (&replica.address, parity.detail().unwrap_or_default());
+        match &parity {
+            Parity::Lost(_) => {
+                tracing::warn!(replica = %name, detail, "TOKEN PARITY LOST: the router tokenises \
+                prompts otherwise than this replica; it is matched by text until they agree")
+            }
+            Parity::Kept(_) => tracing::info!(replica = %name, "token parity: matched by its own tokens"),
+            Parity::Unclear(_) | Parity::Unknown => {
+                tracing::info!(replica = %name, detail, "token parity is not known; it is matched by text");
+            }
+        }
+        inner.settle_tokenisers();
+    }
+
+    /// The tokenisers whose tokens the choice can use.
+    pub fn tokenisers(&self) -> Vec<Arc<Tokeniser>> {
+        lock(&self.inner).tokenisers.clone()
+    }
+
+    /// What the replica's blocks are known by. What it tells of them counts for every prompt only if it is by tokens;
+    /// else only for those given as token ids.
+    pub fn hashing(&self, replica: &Replica) -> Hashing {
+        lock(&self.inner).fleet.hashing(replica.id)
     }
 
     /// What a replica exports, or `None` if it could not be read this time.
@@ -267,17 +338,25 @@ impl Registry {
         if let Some(tokens) = exposition.capacity_tokens {
             inner.fleet.set_capacity(replica.id, tokens);
         }
+        if let Some(tokens) = exposition.block_size {
+            inner.fleet.set_block_size(replica.id, tokens);
+        }
         inner.fleet.observe(replica.id, exposition.counters);
         if exposition.process_start_seconds.is_some() {
             let before = std::mem::replace(
                 &mut lock(&replica.state).process_start_seconds,
                 exposition.process_start_seconds,
             );
-            // A replica that tells what it holds tells that too.
-            let guessed = inner.fleet.knowledge(replica.id) == Knowledge::Guessed;
-            if guessed && before.is_some() && before != exposition.process_start_seconds {
+            if before.is_some() && before != exposition.process_start_seconds {
                 tracing::info!(replica = %replica.address, "it was started anew; its cache is empty");
-                inner.fleet.clear(replica.id);
+                // A replica that tells what it holds tells that too.
+                if inner.fleet.knowledge(replica.id) == Knowledge::Guessed {
+                    inner.fleet.clear(replica.id);
+                }
+                // Perhaps with another model; until that is known again, by text.
+                lock(&replica.state).parity = Parity::Unknown;
+                inner.settle_tokenisers();
+                replica.check_parity.notify_one();
             }
         }
     }
@@ -339,6 +418,9 @@ impl Registry {
                 url: replica.address.to_string(),
                 health: state.health.name(),
                 breaker: state.breaker.state(now).name(),
+                parity: state.parity.name(),
+                parity_detail: state.parity.detail().map(str::to_owned),
+                hashing: inner.fleet.hashing(replica.id).name(),
                 in_flight: load.in_flight,
                 pending_prefill_tokens: load.pending_prefill_tokens,
                 decoding: load.decoding,
@@ -370,6 +452,32 @@ impl Inner {
     fn is_current(&self, replica: &Arc<Replica>) -> bool {
         self.replicas.get(&replica.id).is_some_and(|current| Arc::ptr_eq(current, replica))
     }
+
+    /// Takes the tokenisers that most replicas have, and matches by tokens whoever has one of them.
+    fn settle_tokenisers(&mut self) {
+        let mut counts: Vec<(usize, Arc<Tokeniser>)> = Vec::new();
+        let kept: Vec<(ReplicaId, Option<Arc<Tokeniser>>)> = self
+            .replicas
+            .values()
+            .map(|replica| match replica.parity() {
+                Parity::Kept(tokeniser) => (replica.id, Some(tokeniser)),
+                Parity::Unknown | Parity::Unclear(_) | Parity::Lost(_) => (replica.id, None),
+            })
+            .collect();
+        for tokeniser in kept.iter().filter_map(|(_, tokeniser)| tokeniser.as_ref()) {
+            match counts.iter_mut().find(|(_, counted)| counted.id() == tokeniser.id()) {
+                Some((count, _)) => *count += 1,
+                None => counts.push((1, tokeniser.clone())),
+            }
+        }
+        counts.sort_by_key(|(count, tokeniser)| (std::cmp::Reverse(*count), tokeniser.id()));
+        self.tokenisers = counts.into_iter().map(|(_, tokeniser)| tokeniser).take(MAX_TOKENISERS).collect();
+        for (replica, tokeniser) in kept {
+            let used = tokeniser.filter(|own| self.tokenisers.iter().any(|used| used.id() == own.id()));
+            let hashing = used.map_or(Hashing::Text, |own| Hashing::Tokens(own.id()));
+            self.fleet.set_hashing(replica, hashing);
+        }
+    }
 }
 
 /// What became of one request, told to the breaker. Dropped without a word, the request says nothing about the
@@ -397,6 +505,13 @@ impl Ticket {
             let now = self.registry.now();
             lock(&self.replica.state).breaker.failed(now, self.tries);
         }
+    }
+}
+
+impl Ticket {
+    /// The replica counted other tokens than the router: it is asked again what it tokenises with.
+    pub fn doubt_parity(&self) {
+        self.replica.check_parity.notify_one();
     }
 }
 
@@ -493,5 +608,38 @@ mod tests {
         assert_eq!(registry.view()[0].index_blocks, 10);
         registry.observe(&replica, Some(&began(200.0)));
         assert_eq!(registry.view()[0].index_blocks, 0);
+    }
+
+    fn kept(template: &'static str) -> Parity {
+        Parity::Kept(Arc::new(Tokeniser::new(&crate::parity::tokeniser::tests::files(template)).unwrap()))
+    }
+
+    #[test]
+    fn an_unclear_answer_takes_nothing_away_and_a_new_start_does() {
+        let registry = registry();
+        let replica = add(&registry, 1);
+        registry.set_parity(&replica, kept("a"));
+        registry.set_parity(&replica, Parity::Unclear("it was busy".into()));
+        assert_eq!((replica.parity().name(), registry.tokenisers().len()), ("kept", 1));
+        let began = |seconds| Exposition { process_start_seconds: Some(seconds), ..Exposition::default() };
+        registry.observe(&replica, Some(&began(1.0)));
+        registry.observe(&replica, Some(&began(2.0)));
+        assert_eq!((replica.parity().name(), registry.tokenisers().len()), ("unknown", 0));
+        assert_eq!(registry.hashing(&replica), Hashing::Text);
+    }
+
+    #[test]
+    fn prompts_are_tokenised_with_what_most_replicas_have() {
+        let registry = registry();
+        let replicas: Vec<_> = (1..=6).map(|port| add(&registry, port)).collect();
+        for (replica, template) in replicas.iter().zip(["a", "b", "c", "b", "c", "c"]) {
+            registry.set_parity(replica, kept(template));
+        }
+        let ids: Vec<_> = registry.tokenisers().iter().map(|tokeniser| tokeniser.id()).collect();
+        let hashing: Vec<_> = replicas.iter().map(|replica| registry.hashing(replica)).collect();
+        let (b, c) = (Hashing::Tokens(ids[1]), Hashing::Tokens(ids[0]));
+        assert_eq!(hashing, [Hashing::Text, b, c, b, c, c]);
+        assert!(registry.remove(&replicas[1].address) && registry.remove(&replicas[3].address));
+        assert_ne!(registry.hashing(&replicas[0]), Hashing::Text, "there is room for the third now");
     }
 }

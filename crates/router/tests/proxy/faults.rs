@@ -121,3 +121,17 @@ async fn a_slow_first_attempt_gets_a_second_one_beside_it_and_the_loser_is_cance
     assert!(routed.metric("servelab_router_hedges_won_total").await > 0.0);
     until(async || slow.inside() == 0).await;
 }
+
+/// Nobody asks for the next piece, so that nothing but the clock can end it.
+#[tokio::test]
+async fn a_client_that_does_not_read_has_an_end_too() {
+    let backend = Backend::start(Behaviour::Endless);
+    let mut options = options(&[&backend]);
+    options.timeouts.total = Duration::from_millis(500);
+    let routed = Routed::start(options, 1).await;
+    let unread = routed.ask(true).send().await.unwrap();
+    assert_eq!(unread.status().as_u16(), 200);
+    until(async || backend.inside() == 0).await;
+    until(async || routed.metric("servelab_router_requests_in_flight").await == 0.0).await;
+    drop(unread);
+}

@@ -28,6 +28,8 @@ mod known_faults;
 mod kv_events;
 /// Keys, limits, idempotency, the administrator's routes.
 mod limits;
+/// Whose tokens the router hashes.
+mod parity;
 /// Limits that routers share in Redis.
 mod shared_limits;
 /// What passes unchanged, and what the router adds.

@@ -80,7 +80,7 @@ fn converse(stream: &TcpStream, does: Does, counts: &Counts) -> std::io::Result<
     while let Some(path) = read_request(&mut reader)? {
         match path.as_str() {
             "/health" => (&mut &*stream).write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")?,
-            "/metrics" => {
+            "/metrics" | "/tokenizer" => {
                 (&mut &*stream).write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")?
             }
             _ => {

@@ -7,21 +7,24 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State};
+use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use futures::StreamExt;
 use http::StatusCode;
 use serde_json::{Value, json};
+use servelab_front::prompts::{Prompter, TextFiles};
 use servelab_router::choice::fleet::FleetOptions;
 use servelab_router::choice::policy::Policy;
 use servelab_router::choice::rates::Pace;
 use servelab_router::events::{KvEventsOptions, Transport};
 use servelab_router::limits::KeyLimits;
 use servelab_router::metrics::RouterMetrics;
+use servelab_router::parity::watch::ParityOptions;
 use servelab_router::prompt::BLOCK_SIZE;
 use servelab_router::replicas::probe::ProbeOptions;
 use servelab_router::{HoldOptions, RouterOptions, Server, Source, Timeouts};
+use servelab_wire::TokenizeRequest;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
@@ -68,6 +71,8 @@ struct Shared {
     sent: AtomicUsize,
     /// Headers of the last request.
     headers: Mutex<Value>,
+    /// What it serves as its tokenizer, and what it tokenises with.
+    text: Mutex<Option<(TextFiles, Arc<Prompter>)>>,
 }
 
 /// Counts a request while it, or its answer, lives.
@@ -97,8 +102,15 @@ impl Backend {
             inside: AtomicUsize::new(0),
             sent: AtomicUsize::new(0),
             headers: Mutex::new(Value::Null),
+            text: Mutex::new(None),
         });
-        let router = Router::new().route("/health", get(health)).fallback(serve).with_state(shared.clone());
+        let router = Router::new()
+            .route("/health", get(health))
+            .route("/tokenizer", get(manifest))
+            .route("/tokenizer/{file}", get(tokenizer_file))
+            .route("/tokenize", post(tokenize))
+            .fallback(serve)
+            .with_state(shared.clone());
         socket.set_nonblocking(true).unwrap();
         runtime
             .spawn(async move { axum::serve(TcpListener::from_std(socket).unwrap(), router).await.unwrap() });
@@ -107,6 +119,12 @@ impl Backend {
 
     pub fn behave(&self, behaviour: Behaviour) {
         *self.shared.behaviour.lock().unwrap() = behaviour;
+    }
+
+    /// It serves the demo model's tokenizer with one chat template, and tokenises with another.
+    pub fn tokenise(&self, served: &str, used: &str) {
+        let prompter = Arc::new(Prompter::new(&demo_files(used)).unwrap());
+        *self.shared.text.lock().unwrap() = Some((demo_files(served), prompter));
     }
 
     pub fn set_ready(&self, ready: bool) {
@@ -142,6 +160,48 @@ impl Drop for Backend {
 
 async fn health(State(shared): State<Arc<Shared>>) -> StatusCode {
     if *shared.ready.lock().unwrap() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+/// The demo model's tokenizer with this chat template.
+pub fn demo_files(template: &str) -> TextFiles {
+    TextFiles {
+        tokenizer: Bytes::from_static(include_bytes!("../../../model/demo/tokenizer.json")),
+        tokenizer_config: None,
+        chat_template: Some(template.to_owned().into()),
+    }
+}
+
+async fn manifest(State(shared): State<Arc<Shared>>) -> Result<axum::Json<Value>, StatusCode> {
+    let text = shared.text.lock().unwrap();
+    let (files, _) = text.as_ref().ok_or(StatusCode::NOT_FOUND)?;
+    let list: Vec<Value> =
+        files.list().map(|(name, content)| json!({"name": name, "bytes": content.len()})).collect();
+    let revision = format!("{:032x}", files.revision());
+    Ok(axum::Json(json!({"model": "demo", "revision": revision, "block_size": 16, "files": list})))
+}
+
+async fn tokenizer_file(
+    State(shared): State<Arc<Shared>>,
+    Path(name): Path<String>,
+) -> Result<Bytes, StatusCode> {
+    let text = shared.text.lock().unwrap();
+    let (files, _) = text.as_ref().ok_or(StatusCode::NOT_FOUND)?;
+    files
+        .list()
+        .find(|(known, _)| *known == name)
+        .map(|(_, content)| content.clone())
+        .ok_or(StatusCode::NOT_FOUND)
+}
+
+async fn tokenize(
+    State(shared): State<Arc<Shared>>,
+    axum::Json(body): axum::Json<Value>,
+) -> Result<axum::Json<Value>, StatusCode> {
+    let text = shared.text.lock().unwrap();
+    let (_, prompter) = text.as_ref().ok_or(StatusCode::NOT_FOUND)?;
+    let request = TokenizeRequest::read(body).map_err(|_| StatusCode::BAD_REQUEST)?;
+    let tokens = prompter.tokenize(request).map_err(|_| StatusCode::BAD_REQUEST)?.tokens;
+    Ok(axum::Json(json!({"count": tokens.len(), "max_model_len": 512, "tokens": *tokens})))
 }
 
 async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response {
@@ -270,6 +330,7 @@ pub fn options_to(addresses: &[SocketAddr]) -> RouterOptions {
         },
         kv_events: KvEventsOptions { transport: Transport::Off, ..KvEventsOptions::default() },
         probe: ProbeOptions { interval: Duration::from_millis(50), ..ProbeOptions::default() },
+        parity: ParityOptions::default(),
         timeouts: Timeouts { connect: Duration::from_secs(5), ..Timeouts::default() },
         hold: HoldOptions { max_requests: 100, timeout: PATIENCE },
         max_retries: 3,

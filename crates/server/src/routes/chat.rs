@@ -19,10 +19,11 @@ use crate::body;
 use crate::errors::ApiError;
 use crate::generation::{Delta, Generation};
 use crate::logprobs;
-use crate::model::{Ask, Conversation, Model, TokenisedPrompt};
+use crate::model::{Ask, Model};
 use crate::run_ahead::deltas;
 use crate::spans;
 use crate::sse;
+use servelab_front::prompts::TokenisedPrompt;
 use servelab_front::request_id::HttpRequestId;
 
 pub async fn create(
@@ -38,9 +39,12 @@ pub async fn create(
     let request = ChatRequest::read(body)?;
     app.check_name(request.common.model.as_deref())?;
     spans::tell_request(&trace, &app, &model, "chat", &request.common);
-    spans::tell_messages(&trace, &request.messages);
+    spans::tell_messages(&trace, &request.conversation.messages);
     let places = app.places(&model, 1, request.common.n)?;
-    let prompt = model.tokenise_chat(conversation(&request)).await?;
+    let conversation = request.conversation.clone();
+    // The template has written the special tokens itself.
+    let add_special = request.common.add_special_tokens.unwrap_or(false);
+    let prompt = model.prompt(move |prompter| prompter.chat(&conversation, None, add_special)).await?;
     let ask = Ask {
         common: &request.common,
         logprobs: request.logprobs,
@@ -58,17 +62,6 @@ pub async fn create(
             let deltas = deltas(generation, !request.common.stop.is_empty());
             Ok(sse::respond(chunks(heading, options, model, deltas)))
         }
-    }
-}
-
-fn conversation(request: &ChatRequest) -> Conversation {
-    Conversation {
-        messages: request.messages.clone(),
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: request.continue_final_message,
-        kwargs: request.chat_template_kwargs.clone(),
-        // The template has written the special tokens itself.
-        add_special_tokens: request.common.add_special_tokens.unwrap_or(false),
     }
 }
 

@@ -18,10 +18,11 @@ use crate::body;
 use crate::errors::ApiError;
 use crate::generation::{Delta, Finish, Generation};
 use crate::logprobs::{self, CompletionColumns};
-use crate::model::{Ask, Model, TokenisedPrompt};
+use crate::model::{Ask, Model};
 use crate::run_ahead::deltas;
 use crate::spans;
 use crate::sse;
+use servelab_front::prompts::TokenisedPrompt;
 use servelab_front::request_id::HttpRequestId;
 
 pub async fn create(
@@ -67,7 +68,10 @@ async fn tokenised(model: &Model, request: &CompletionRequest) -> Result<Vec<Tok
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in &request.prompts {
         prompts.push(match prompt {
-            Prompt::Text(text) => model.tokenise(text.clone(), add_special).await?,
+            Prompt::Text(text) => {
+                let text = text.clone();
+                model.prompt(move |prompter| prompter.text(text, add_special)).await?
+            }
             Prompt::Tokens(tokens) if request.echo => model.detokenise(tokens.clone(), "prompt").await?,
             Prompt::Tokens(tokens) => {
                 model.check_token_ids(tokens, "prompt")?;

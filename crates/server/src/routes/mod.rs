@@ -7,6 +7,7 @@ mod kv_events;
 mod models;
 mod operate;
 mod tokenize;
+mod tokenizer;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub const ROUTES: &[&str] = &[
     "/v1/models/{id}",
     "/tokenize",
     "/detokenize",
+    "/tokenizer",
+    "/tokenizer/{file}",
     "/reset_prefix_cache",
     "/kv/events",
     "/live",
@@ -52,6 +55,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer", get(tokenizer::manifest))
+        .route("/tokenizer/{file}", get(tokenizer::file))
         .route("/reset_prefix_cache", post(operate::reset_prefix_cache))
         .route("/state", get(operate::state))
         .route("/kv/events", get(kv_events::stream))

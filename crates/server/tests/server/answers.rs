@@ -1,7 +1,9 @@
 //! What a whole answer holds.
 
 use serde_json::{Value, json};
+use servelab_front::prompts::{Prompter, TextFiles};
 use servelab_server::SamplingDefaults;
+use servelab_wire::{TokenizeRequest, TokenizerManifest};
 
 use crate::harness::{EOS, Replica, chat, completion, text_tokens};
 
@@ -266,4 +268,27 @@ async fn models() {
     }
     let wrong = replica.post(CHAT, &chat(json!({"model": "gpt"}))).await;
     assert_eq!((wrong.status, &wrong.error()["param"]), (404, &json!("model")));
+}
+
+/// A router that has fetched the files makes the tokens that the replica says that it makes.
+#[tokio::test]
+async fn whoever_fetches_the_tokenizer_tokenises_alike() {
+    let replica = Replica::start().await;
+    let manifest: TokenizerManifest = serde_json::from_value(replica.get("/tokenizer").await.json()).unwrap();
+    assert_eq!((manifest.model.as_str(), manifest.block_size), ("bytes", 16));
+    let mut files = TextFiles::default();
+    for file in &manifest.files {
+        let content = replica.get(&format!("/tokenizer/{}", file.name)).await.text;
+        assert_eq!(content.len() as u64, file.bytes);
+        files.put(&file.name, content.into()).unwrap();
+    }
+    assert_eq!(format!("{:032x}", files.revision()), manifest.revision);
+    let prompter = Prompter::new(&files).unwrap();
+    for body in [json!({"prompt": "wörld <|eos|>"}), json!({"messages": [{"role": "user", "content": "Hi"}]})]
+    {
+        let tokens = prompter.tokenize(TokenizeRequest::read(body.clone()).unwrap()).unwrap().tokens;
+        assert_eq!(replica.post("/tokenize", &body).await.json()["tokens"], json!(*tokens), "{body}");
+    }
+    assert_eq!(replica.get("/tokenizer/tokenizer_config.json").await.status, 404);
+    assert_eq!(replica.get("/tokenizer/..%2Fsecret").await.status, 404);
 }

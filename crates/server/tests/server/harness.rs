@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use servelab_engine::{
     EngineConfig, ModelRunner, RowOutput, RunnerError, Step, StepOutput, TokenLogprobs, Want,
 };
+use servelab_front::prompts::{Prompter, TextFiles};
 use servelab_server::kv_events::zmq::KvZmqOptions;
 use servelab_server::{LoadTimes, LoadedModel, SamplingDefaults, ServeError, Server, ServerOptions};
 use servelab_telemetry::{BuildInfo, Metrics, MetricsConfig, Secret};
-use servelab_text::{ChatTemplate, Tokenizer};
 use servelab_wire::DeviceState;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -25,7 +25,7 @@ pub const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m
                             {% if add_generation_prompt %}<|im_start|>assistant:{% endif %}";
 
 /// Every byte is a token, and there are two special ones.
-pub fn tokenizer() -> Arc<Tokenizer> {
+pub fn text_files() -> TextFiles {
     let itself = |byte: &u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut others = 0x100;
     let mut vocab: HashMap<String, u32> = HashMap::new();
@@ -52,7 +52,7 @@ pub fn tokenizer() -> Arc<Tokenizer> {
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
                   "vocab": vocab, "merges": []},
     });
-    Arc::new(Tokenizer::from_json(file.to_string().as_bytes(), None).unwrap())
+    TextFiles { tokenizer: file.to_string().into(), ..TextFiles::default() }
 }
 
 /// What the test tells the runner, and what the runner tells the test.
@@ -378,13 +378,13 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
             if let Some(error) = setup.load_error {
                 return Err(servelab_server::LoadError(error.into()));
             }
+            let text_files =
+                TextFiles { chat_template: setup.template.map(|source| source.into()), ..text_files() };
             Ok(LoadedModel {
                 runner: Box::new(Scripted { script: setup.script, control, step_time: setup.step_time }),
                 engine: setup.engine,
-                tokenizer: tokenizer(),
-                chat_template: setup
-                    .template
-                    .map(|source| Arc::new(ChatTemplate::new(source, None, None).unwrap())),
+                prompter: Prompter::new(&text_files).unwrap(),
+                text_files,
                 eos_token_ids: vec![EOS],
                 vocab_size: VOCAB,
                 root: "models/bytes".into(),
