@@ -94,19 +94,20 @@ def test_clients_meet_the_router_and_the_router_the_replicas(objects):
     """What must be true for one request to arrive: services, names, ports, rights and network policies."""
     entrance = only(objects, "Service")["spec"]["selector"]
     assert entrance == {"app.kubernetes.io/name": ROUTER}
-    (found_by,) = router_settings(objects)["replicas-dns"]
-    name, port = found_by.split(":")
+    (found_by,) = router_settings(objects)["replicas-kubernetes"]
+    name, port_name = found_by.split(":")
     service = only(objects, "Service", name)["spec"]
-    assert service["clusterIP"] == "None", "else there is one address for all"
     assert service["selector"] == {"app.kubernetes.io/name": "servelab"}
-    assert int(port) == settings(objects)["port"], "a headless name leads to the pods' own port"
+    (named,) = [port for port in service["ports"] if port["name"] == port_name]
+    port = settings(objects)["port"]
+    assert named["targetPort"] == "http" and named["port"] == port, "a headless name leads to the pods' own port"
     policy = only(objects, "NetworkPolicy", ROUTER)["spec"]
     to_replicas = [rule for rule in policy["egress"] if "podSelector" in rule.get("to", [{}])[0]]
     assert [(rule["to"][0]["podSelector"]["matchLabels"], rule["ports"]) for rule in to_replicas] == [
-        (service["selector"], [{"port": int(port)}])
+        (service["selector"], [{"port": port}])
     ]
-    dns = [rule for rule in policy["egress"] if {"port": 53, "protocol": "UDP"} in rule["ports"]]
-    assert dns, "names are resolved at every look"
+    api = [rule for rule in policy["egress"] if {"port": 443} in rule["ports"]]
+    assert api and "to" not in api[0], "the API server tells which replicas there are"
 
 
 def test_the_router_may_follow_endpoints_and_nothing_else(objects):

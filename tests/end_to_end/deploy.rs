@@ -6,6 +6,16 @@ use serde_json::Value;
 
 use crate::util::{Server, has_sent_its_load, run, servelab};
 
+/// An API server that nobody is behind.
+const NO_CLUSTER: &str = "
+apiVersion: v1
+kind: Config
+clusters: [{name: none, cluster: {server: 'http://127.0.0.1:1'}}]
+contexts: [{name: none, context: {cluster: none, user: none, namespace: servelab}}]
+users: [{name: none, user: {}}]
+current-context: none
+";
+
 fn deploy() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy"))
 }
@@ -50,12 +60,17 @@ fn the_settings_of_the_gpu_are_understood() {
     assert!(!errors.contains("servelab.toml"), "{errors}");
 }
 
-/// With the settings of each overlay and no replica to be found, the router is ready and says that it has none.
+/// With the settings of each overlay and a cluster that does not answer, the router is ready and says that it has no
+/// replica.
 #[tokio::test]
 async fn a_router_starts_with_the_settings_of_every_overlay() {
     for folder in ["base", "overlays/local", "overlays/gpu", "overlays/sim"] {
         let file = config(folder, "router.toml");
-        let command = ["route", "--config", &file, "--host", "127.0.0.1", "--port", "0"];
+        let cluster = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(cluster.path(), NO_CLUSTER).unwrap();
+        let kubeconfig = cluster.path().to_str().unwrap();
+        let command =
+            ["route", "--config", &file, "--host", "127.0.0.1", "--port", "0", "--kubeconfig", kubeconfig];
         let router = Server::spawn(servelab(&command));
         router.wait_until_ready().await;
         let (_, text) = router.get("/ready").await;

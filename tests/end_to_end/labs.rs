@@ -271,6 +271,16 @@ async fn cold_start() {
     follow("7-cold-start.md").await;
 }
 
+#[tokio::test]
+async fn scaling_simulated() {
+    follow("8-scaling-simulated.md").await;
+}
+
+#[tokio::test]
+async fn capacity() {
+    follow("9-capacity.md").await;
+}
+
 /// A lab that no test follows would be found here.
 #[test]
 fn every_lab_is_followed() {
