@@ -121,8 +121,10 @@ fn loaded_engine(loaded: LoadedModel, time: EngineTime) -> Result<Offline<Runner
 
 /// Tokens that are no special ones.
 fn ordinary_ids(loaded: &LoadedModel) -> Arc<[u32]> {
-    let ids: Vec<u32> =
-        (0..loaded.vocab_size).filter(|id| !loaded.prompter.tokenizer.is_special(*id)).take(MAX_IDS).collect();
+    let ids: Vec<u32> = (0..loaded.vocab_size)
+        .filter(|id| !loaded.prompter.tokenizer.is_special(*id))
+        .take(MAX_IDS)
+        .collect();
     // A vocabulary of nothing but special tokens is still one.
     if ids.is_empty() { (0..loaded.vocab_size.max(1)).collect() } else { ids.into() }
 }

@@ -164,9 +164,10 @@ impl Case {
     /// Looks at every 15 s up to each step's time, with the step's value from the step's time on.
     fn run(&self) {
         let manifest =
-            Manifest::read("case", &self.manifest()).unwrap_or_else(|error| panic!("{}: {error}", self.name));
-        let mut store = SampleStore::new(manifest.reach());
-        let mut scaler = Autoscaler::new(manifest, Duration::ZERO, self.start);
+            Manifest::parse(&self.manifest()).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let mut store = SampleStore::default();
+        let mut scaler = Autoscaler::new(manifest);
+        let mut wanted = self.start;
         let mut value = &self.steps[0].value;
         let mut seconds = 0;
         for step in &self.steps {
