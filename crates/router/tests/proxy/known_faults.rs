@@ -25,10 +25,12 @@ async fn fault_1_a_hot_prefix_spills_before_its_queue_costs_more_than_computing_
         _ => (&backends[0], &backends[1]),
     };
     assert_eq!((home.came(), other.came()), (20, 0), "one at a time all are where the prefix is");
+    // Some 400 tokens that nobody holds: what the requests there wait for.
+    let own = "Words of its own. ".repeat(90);
     home.behave(Behaviour::Hang);
     other.behave(Behaviour::Hang);
     let asked: Vec<_> =
-        (0..80).map(|at| tokio::spawn(prompt(&routed, &format!("{text}{at}"), false).send())).collect();
+        (0..80).map(|at| tokio::spawn(prompt(&routed, &format!("{text}{at} {own}"), false).send())).collect();
     until(async || backends.iter().map(Backend::inside).sum::<usize>() == 80).await;
     assert!(other.inside() > 0, "all 80 wait for one replica");
     assert!(

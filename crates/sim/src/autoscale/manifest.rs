@@ -99,17 +99,21 @@ pub struct Modifiers {
 }
 
 impl Manifest {
-    /// Reads the only document of a YAML file.
+    /// Reads the first ScaledObject or HorizontalPodAutoscaler of a YAML file, which may hold other documents.
     ///
     /// # Errors
     /// What cannot be read, or is not simulated.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
-        let head: Head = yaml(text)?;
-        match head.kind.as_str() {
-            "ScaledObject" => scaled_object(yaml(text)?),
-            "HorizontalPodAutoscaler" => autoscaler(yaml(text)?),
-            other => Err(ManifestError::Kind(other.to_owned())),
+        let mut kind = String::new();
+        for document in text.split("\n---") {
+            kind = yaml::<Head>(document)?.kind;
+            match kind.as_str() {
+                "ScaledObject" => return scaled_object(yaml(document)?),
+                "HorizontalPodAutoscaler" => return autoscaler(yaml(document)?),
+                _ => {}
+            }
         }
+        Err(ManifestError::Kind(kind))
     }
 
     /// All that names metrics.
@@ -191,6 +195,10 @@ struct TypedFallback {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Advanced {
+    #[serde(default)]
+    /// What happens when the ScaledObject is deleted, which it never is here.
+    #[serde(rename = "restoreToOriginalReplicaCount")]
+    _restore: Option<bool>,
     #[serde(default)]
     horizontal_pod_autoscaler_config: AutoscalerConfig,
     scaling_modifiers: Option<TypedModifiers>,
