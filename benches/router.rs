@@ -100,7 +100,7 @@ fn choice(criterion: &mut Criterion) {
         matched_tokens: u32::from(at) * 16,
     };
     let candidates: Vec<Candidate> = (0..64).map(candidate).collect();
-    let ask = Ask { prompt_tokens: 4096, session: None, beginning: Some(7) };
+    let ask = Ask { prompt_tokens: 4096, output_tokens: 200, session: None, beginning: Some(7) };
     let mut picker = Picker::new(Policy::Cost, 1);
     criterion.bench_function("choose among 64 replicas by cost", |bencher| {
         bencher.iter(|| picker.pick(black_box(&ask), black_box(&candidates)));

@@ -309,7 +309,7 @@ fn kv_zmq(typed: &Typed) -> Result<Option<KvZmqOptions>, SettingsError> {
             ("kv-events-encoding", typed.kv_events_encoding.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
-            Some((name, _)) => Err(SettingsError::WithoutKvEvents(*name)),
+            Some((name, _)) => Err(SettingsError::WithoutKvEvents(name)),
             None => Ok(None),
         };
     };

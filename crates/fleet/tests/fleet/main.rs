@@ -1,4 +1,6 @@
 //! Whole fleets in virtual time.
+#![allow(clippy::print_stdout, reason = "a seed that fails is told as a table")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 /// Small fleets that are quick to simulate.
 mod small;

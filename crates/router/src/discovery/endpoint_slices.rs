@@ -215,7 +215,7 @@ mod tests {
     fn one_pod_is_one_replica_in_however_many_slices() {
         let one = ("10.0.0.1", json!({}), "one");
         let slices = listed(vec![
-            slice("a", "IPv4", http(), &[one.clone()]),
+            slice("a", "IPv4", http(), std::slice::from_ref(&one)),
             slice("b", "IPv4", http(), &[one, ("10.0.0.2", json!({}), "two")]),
             slice("c", "IPv6", http(), &[("fd00::1", json!({}), "one"), ("fd00::3", json!({}), "three")]),
             slice("d", "FQDN", http(), &[("example.org", json!({}), "")]),

@@ -109,7 +109,7 @@ enum Found {
     Static(Vec<Address>),
     File(PathBuf),
     Dns(Dns),
-    Kubernetes(Watched),
+    Kubernetes(Box<Watched>),
 }
 
 impl Discovery {
@@ -124,7 +124,7 @@ impl Discovery {
                 Source::Static(addresses) => Found::Static(addresses),
                 Source::File(path) => Found::File(path),
                 Source::Dns(dns) => Found::Dns(dns),
-                Source::Kubernetes(service) => Found::Kubernetes(Watched::new(service).await?),
+                Source::Kubernetes(service) => Found::Kubernetes(Box::new(Watched::new(service).await?)),
             });
         }
         Ok(Self(all))

@@ -197,12 +197,15 @@ async fn a_replica_without_a_stream_is_guessed() {
     assert_eq!((routed.matched(0).await, routed.matched(0).await), (0, 79));
 }
 
+/// Batches with their sequence numbers.
+type Kept = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
+
 /// What vLLM's publisher does.
 struct Publisher {
     socket: PubSocket,
     port: u16,
     replay_port: u16,
-    kept: Arc<Mutex<Vec<(u64, Vec<u8>)>>>,
+    kept: Kept,
     next: u64,
     last: Vec<Vec<u8>>,
 }
@@ -220,7 +223,7 @@ impl Publisher {
         let (mut socket, mut replay) = (PubSocket::new(), RouterSocket::new());
         let port_of = port(&socket.bind("tcp://127.0.0.1:0").await.unwrap());
         let replay_port = port(&replay.bind("tcp://127.0.0.1:0").await.unwrap());
-        let kept: Arc<Mutex<Vec<(u64, Vec<u8>)>>> = Arc::default();
+        let kept: Kept = Arc::default();
         let answers = kept.clone();
         tokio::spawn(async move {
             loop {

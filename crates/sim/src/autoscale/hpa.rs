@@ -171,6 +171,10 @@ impl Memory {
     /// From what the metrics ask for to what is asked of the Deployment, which has `current`; and remembers it
     /// (`reconcileAutoscaler` from the proposal on).
     pub fn decide(&mut self, now: Duration, current: u32, proposal: u32, limits: &Limits) -> u32 {
+        // What runs at the first pass counts as recommended (`recordInitialRecommendation`).
+        if self.recommendations.is_empty() {
+            self.recommendations.push((now, current));
+        }
         let desired = match &limits.behavior {
             _ if current > limits.max => limits.max,
             _ if current < limits.min => limits.min,

@@ -11,6 +11,7 @@
 //! - `roofline`: steps counted by hand
 //! - `scaling_scripts`: whole manifests through scripts of what their queries give
 //! - `planner`: whole plans, and what they refuse
+#![allow(clippy::type_complexity, reason = "rows of a table")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod autoscale;

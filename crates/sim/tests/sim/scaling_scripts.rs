@@ -93,11 +93,11 @@ impl Case {
     fn manifest(&self) -> String {
         let mut text =
             "apiVersion: keda.sh/v1alpha1\nkind: ScaledObject\nmetadata:\n  name: case\n".to_owned();
-        write!(text, "spec:\n  scaleTargetRef: {{name: it}}\n  minReplicaCount: {}\n", self.min).unwrap();
-        write!(text, "  pollingInterval: {}\n", self.polling).unwrap();
+        writeln!(text, "spec:\n  scaleTargetRef: {{name: it}}\n  minReplicaCount: {}", self.min).unwrap();
+        writeln!(text, "  pollingInterval: {}", self.polling).unwrap();
         let mut field = |name: &str, value: Option<u64>| {
             if let Some(value) = value {
-                write!(text, "  {name}: {value}\n").unwrap();
+                writeln!(text, "  {name}: {value}").unwrap();
             }
         };
         field("maxReplicaCount", self.max.map(u64::from));
@@ -107,15 +107,15 @@ impl Case {
         if let Some(fallback) = &self.fallback {
             let (threshold, replicas) = (fallback.failure_threshold, fallback.replicas);
             let behavior = fallback.behavior.as_deref().unwrap_or("static");
-            write!(
+            writeln!(
                 text,
-                "  fallback: {{failureThreshold: {threshold}, replicas: {replicas}, behavior: {behavior}}}\n"
+                "  fallback: {{failureThreshold: {threshold}, replicas: {replicas}, behavior: {behavior}}}"
             )
             .unwrap();
         }
         text.push_str("  advanced:\n    restoreToOriginalReplicaCount: false\n");
         if let (Some(formula), Some(target)) = (&self.formula, self.formula_target) {
-            write!(text, "    scalingModifiers: {{formula: \"{formula}\", target: \"{target}\"}}\n").unwrap();
+            writeln!(text, "    scalingModifiers: {{formula: \"{formula}\", target: \"{target}\"}}").unwrap();
         }
         if self.behavior {
             text.push_str("    horizontalPodAutoscalerConfig:\n      behavior:\n");
