@@ -14,6 +14,7 @@ mod load;
 mod memory;
 mod numbers_command;
 mod open_files;
+mod page_file;
 mod plan;
 mod plan_command;
 mod plan_simulate;

@@ -19,6 +19,7 @@ use servelab_fleet::{
 };
 use servelab_sim::{CapacityPlan, CostModel, DoesNotFit, RooflineError, kv_pool};
 
+use crate::page_file::{self, PageError};
 use crate::size::TimeSpan;
 
 /// Requests of one simulation, about.
@@ -74,10 +75,8 @@ pub enum Error {
     Tokens { flag: &'static str, value: u64 },
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    #[error("cannot write {}: {source}", path.display())]
-    WritePage { path: PathBuf, source: std::io::Error },
-    #[error("cannot make the page: {0}")]
-    Page(String),
+    #[error(transparent)]
+    Page(#[from] PageError),
     #[error("cannot write: {0}")]
     Write(#[from] std::io::Error),
 }
@@ -85,7 +84,7 @@ pub enum Error {
 impl Error {
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::WritePage { .. } | Self::Page(_) | Self::Write(_))
+        !matches!(self, Self::Page(_) | Self::Write(_))
     }
 }
 
@@ -110,9 +109,7 @@ pub fn run(
         write!(out, "{}", answer(&search, plan, &one))?;
     }
     if let Some(path) = &args.out {
-        let html = page::search_html(&heading(plan, &one), &one, &search);
-        let html = html.map_err(|error| Error::Page(error.to_string()))?;
-        std::fs::write(path, html).map_err(|source| Error::WritePage { path: path.clone(), source })?;
+        page_file::write(path, page::search_html(&heading(plan, &one), &one, &search))?;
         if !is_json {
             writeln!(out, "\nwritten: {}", path.display())?;
         }

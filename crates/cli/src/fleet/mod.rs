@@ -15,6 +15,8 @@ use servelab_sim::autoscale::{Manifest, ManifestError};
 use args::FleetArgs;
 use settings::{Bounds, Prepared, UsageError};
 
+use crate::page_file::{self, PageError};
+
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -30,10 +32,8 @@ pub enum Error {
     ReadManifest { path: PathBuf, source: std::io::Error },
     #[error("--scaler {name}: {source}")]
     Manifest { name: String, source: Box<ManifestError> },
-    #[error("cannot write {}: {source}", path.display())]
-    WritePage { path: PathBuf, source: std::io::Error },
-    #[error("cannot make the page: {0}")]
-    Page(String),
+    #[error(transparent)]
+    Page(#[from] PageError),
     #[error("cannot write: {0}")]
     Write(#[from] std::io::Error),
 }
@@ -41,7 +41,7 @@ pub enum Error {
 impl Error {
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::WritePage { .. } | Self::Page(_) | Self::Write(_))
+        !matches!(self, Self::Page(_) | Self::Write(_))
     }
 }
 
@@ -73,7 +73,7 @@ pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
         write!(out, "{}", text::table(&outcomes))?;
     }
     if let Some(path) = &args.report.out {
-        write_page(path, &prepared, &outcomes)?;
+        page_file::write(path, page::html(&heading(&prepared), &prepared.settings, &outcomes))?;
         if !args.report.json {
             writeln!(out, "\nwritten: {}", path.display())?;
         }
@@ -123,12 +123,6 @@ fn pace(outcomes: &[Outcome], elapsed: Duration) -> String {
         number::count(requests),
         number::count(per_minute)
     )
-}
-
-fn write_page(path: &PathBuf, prepared: &Prepared, outcomes: &[Outcome]) -> Result<(), Error> {
-    let html = page::html(&heading(prepared), &prepared.settings, outcomes)
-        .map_err(|error| Error::Page(error.to_string()))?;
-    std::fs::write(path, html).map_err(|source| Error::WritePage { path: path.clone(), source })
 }
 
 fn heading(prepared: &Prepared) -> Heading {

@@ -1,37 +1,24 @@
 use std::time::{Duration, Instant};
 
 use servelab_bench::arrivals::ArrivalShape;
+use servelab_bench::ledger::Ledger;
 use servelab_bench::workload::{Workload, WorkloadOptions};
 use servelab_engine::EngineConfig;
 use servelab_fleet::{Load, NodeSettings, PodSettings, ReplicaKind, Scaler, Settings, simulate};
-use servelab_sim::{CostModel, Dtype, HardwareProfile, ModelShape, kv_pool};
+use servelab_sim::{CostModel, HardwareProfile, ModelShape, kv_pool};
 
 use super::small;
 
 fn llama_8b() -> ModelShape {
-    ModelShape {
-        name: "llama-3.1-8b".into(),
-        layers: 32,
-        hidden: 4096,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-        intermediate: 14_336,
-        vocabulary: 128_256,
-        tied_embeddings: false,
-        max_context_tokens: 131_072,
-        sliding_window: None,
-        parameters: 8_030_261_248,
-        weight_dtype: Dtype::Bf16,
-        kv_dtype: Dtype::Bf16,
-    }
+    Ledger::load().unwrap().models["llama-3.1-8b"].clone()
 }
 
 fn chat(replicas: u32, rate: f64, seconds: u64) -> Settings {
     let hardware = HardwareProfile::named("h100").unwrap();
-    let pool = kv_pool(&llama_8b(), &hardware, 1, 0.9, 16, 2048).unwrap();
+    let shape = llama_8b();
+    let pool = kv_pool(&shape, &hardware, 1, 0.9, 16, 2048).unwrap();
     let kind = ReplicaKind {
-        cost: CostModel::new(&llama_8b(), &hardware, 1).unwrap(),
+        cost: CostModel::new(&shape, &hardware, 1).unwrap(),
         engine: EngineConfig {
             block_size: 16,
             num_blocks: pool.num_blocks,

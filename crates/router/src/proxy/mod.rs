@@ -109,8 +109,7 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
     let trace = incoming.parts.extensions.get::<RequestTrace>().cloned().unwrap_or_default();
     spans::tell_request(&trace, &asked);
     let mut visit = Visit::new(app, trace);
-    let outcome = forward_counted(app, incoming, asked).await;
-    match outcome {
+    match forward_counted(app, incoming, asked, visit.trace().clone()).await {
         Ok((begun, admission, estimate, noted)) => Ok(answer(app, begun, visit, admission, estimate, noted)),
         Err(error) => {
             let refused = error.status().is_client_error();
@@ -142,9 +141,13 @@ impl Estimate {
 
 type Passed = (Result<Begun, Box<(response::Parts, Bytes)>>, Admission, Estimate, Option<Arc<Noted>>);
 
-async fn forward_counted(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result<Passed, RouterError> {
+async fn forward_counted(
+    app: &Arc<App>,
+    incoming: Incoming,
+    asked: Asked,
+    trace: RequestTrace,
+) -> Result<Passed, RouterError> {
     let Incoming { parts, body, key } = incoming;
-    let trace = parts.extensions.get::<RequestTrace>().cloned().unwrap_or_default();
     let admission = spans::timed(&trace, "wait", admit(app, &parts, key, &asked)).await?;
     let end = tokio::time::Instant::now() + app.timeouts.total;
     let exact = asked.prompt.exact.iter().map(|exact| (exact.tokeniser, exact.tokens)).collect();
