@@ -29,6 +29,11 @@ fmt:
 lint:
     cargo clippy --workspace --all-targets -- -D warnings
 
+# The property tests with cases that nobody has seen yet; prints the seed.
+properties seed=`date +%s`:
+    @echo "PROPTEST_RNG_SEED={{ seed }}"
+    PROPTEST_RNG_SEED={{ seed }} cargo test --workspace --lib --tests
+
 # Licences and sources of all dependencies, against deny.toml; needs no network.
 licences:
     cargo test --quiet --workspace --test dependencies

@@ -59,3 +59,6 @@ mod sim;
 mod streaming;
 /// One trace of a request, as a collector gets it.
 mod traces;
+/// Replicas, router and load by one command.
+#[cfg(target_os = "linux")]
+mod up;

@@ -221,7 +221,7 @@ pub fn has_sent_its_load(code: i32, errors: &str) -> bool {
     code == 0 || (code == 1 && errors.contains("the figures do not stand"))
 }
 
-fn client() -> reqwest::Client {
+pub fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap()
 }
 

@@ -7,10 +7,11 @@
 //! a free port of 127.0.0.1 that it prints. One thread a connection; ends when it is killed.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -28,7 +29,7 @@ fn main() -> Result<(), Failure> {
     let times: Vec<f64> = std::env::args().skip(1).map(|text| text.parse()).collect::<Result<_, _>>()?;
     let ms = |at: usize, default: f64| Duration::try_from_secs_f64(times.get(at).unwrap_or(&default) / 1e3);
     let schedule = Schedule { ttft: ms(0, 50.0)?, itl: ms(1, 10.0)? };
-    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let listener = listen()?;
     println!("listening on http://{}", listener.local_addr()?);
     for stream in listener.incoming() {
         let stream = stream?;
@@ -36,6 +37,14 @@ fn main() -> Result<(), Failure> {
         std::thread::spawn(move || converse(stream, schedule));
     }
     Ok(())
+}
+
+/// With room for a burst of connections: std's 128 would make an open loop's beginning wait a second for a second try.
+fn listen() -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+    socket.listen(4096)?;
+    Ok(socket.into())
 }
 
 fn converse(mut stream: TcpStream, schedule: Schedule) -> Result<(), Failure> {

@@ -15,6 +15,7 @@ use crate::route::args::RouteCommand;
 use crate::sim_command::SimCommand;
 use crate::size::{ByteSize, TimeSpan};
 use crate::traces::TypedTraces;
+use crate::up::args::UpCommand;
 
 const EXIT_CODES: &str = "Exit codes: 0 ended as asked, 1 failed while running, 2 wrong usage or settings.";
 const DOCTOR_EXIT_CODES: &str = "Exit codes: 0 all is well, 1 something has to be fixed, 2 wrong usage.";
@@ -37,6 +38,9 @@ pub enum Command {
     /// Route requests to the replica where each finishes soonest, often the one that holds its prefix.
     #[command(after_help = crate::route::args::EXAMPLES)]
     Route(Box<RouteCommand>),
+    /// Start replicas, the router in front of them and a load on this machine, with one page to look at.
+    #[command(after_help = crate::up::args::EXAMPLES)]
+    Up(UpCommand),
     /// Show what hardware and libraries are here, and check every kernel against plain loops.
     #[command(after_help = DOCTOR_EXIT_CODES)]
     Doctor(DoctorCommand),

@@ -27,6 +27,7 @@ mod sim_command;
 mod simulated;
 mod size;
 mod traces;
+mod up;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -46,6 +47,10 @@ fn main() -> ExitCode {
             Err(error) => complain(&error, error.is_usage()),
         },
         Some(Command::Route(command)) => match route::run(*command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error, error.is_usage()),
+        },
+        Some(Command::Up(command)) => match up::run(command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, error.is_usage()),
         },

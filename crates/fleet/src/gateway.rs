@@ -37,6 +37,8 @@ pub struct Gateway {
     pub cells: Vec<Cell>,
     block_size: u32,
     capacity_tokens: u64,
+    /// Whether a prompt may begin as another one did.
+    shares: bool,
 }
 
 /// Where a request goes, and what the router expects it to find there.
@@ -48,7 +50,13 @@ pub struct Choice {
 
 impl Gateway {
     /// Routers for up to `most_pods`.
-    pub fn new(settings: RouterSettings, kind: &ReplicaKind, most_pods: u32, seed: u64) -> Self {
+    pub fn new(
+        settings: RouterSettings,
+        kind: &ReplicaKind,
+        most_pods: u32,
+        seed: u64,
+        shares: bool,
+    ) -> Self {
         let block_size = kind.engine.block_size;
         let cell = |number: u32| Cell {
             fleet: Fleet::new(FleetOptions {
@@ -70,6 +78,7 @@ impl Gateway {
             cells: (0..cells).map(cell).collect(),
             block_size,
             capacity_tokens: u64::from(kind.engine.num_blocks) * u64::from(block_size),
+            shares,
         }
     }
 
@@ -123,9 +132,12 @@ impl Gateway {
         pods: &mut Pods,
     ) -> Option<Choice> {
         let is_read = self.settings.policy.reads_prompt() || self.settings.is_oracle;
-        let chain = if is_read { ask.prompt_chain(self.block_size).to_vec() } else { Vec::new() };
+        let chain = ask.prompt_chain(self.block_size);
+        // Of prompts that share nothing, the beginning is all that a policy can use.
+        let read = if self.shares { chain.len() } else { chain.len().min(1) };
+        let chain = chain[..if is_read { read } else { 0 }].to_vec();
         let prompt = Prompt {
-            tokens: ask.prompt_tokens(),
+            tokens: ask.prompt_tokens,
             chain,
             is_exact: true,
             session,

@@ -271,11 +271,7 @@ impl RouterMetrics {
             };
             self.breaker_state.with_label_values(&labels).set(state);
         }
-        let (most, sum) = replicas.iter().fold((0, 0_u64), |(most, sum), replica| {
-            (most.max(replica.in_flight), sum + u64::from(replica.in_flight))
-        });
-        let balanced = if sum == 0 { 1.0 } else { f64::from(most) * replicas.len() as f64 / sum as f64 };
-        self.imbalance.set(balanced);
+        self.imbalance.set(imbalance(replicas));
     }
 
     /// Counts a request as waiting until the guard is dropped.
@@ -357,6 +353,15 @@ impl Make<'_> {
     }
 }
 
+/// Requests on the fullest of the replicas that are ready, over their mean. One that is dead has none, and says nothing
+/// about the choice.
+fn imbalance(replicas: &[ReplicaView]) -> f64 {
+    let ready = || replicas.iter().filter(|replica| replica.health == "ready");
+    let most = ready().map(|replica| replica.in_flight).max().unwrap_or(0);
+    let sum: u64 = ready().map(|replica| u64::from(replica.in_flight)).sum();
+    if sum == 0 { 1.0 } else { f64::from(most) * ready().count() as f64 / sum as f64 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,11 +411,13 @@ mod tests {
     #[test]
     fn a_replica_that_is_gone_leaves_no_series() {
         let metrics = RouterMetrics::new("servelab_", Policy::Cost).unwrap();
-        metrics.observe_replicas(&[view(1, 3), view(2, 1)]);
+        let dead = ReplicaView { health: "not_ready", ..view(3, 0) };
+        metrics.observe_replicas(&[view(1, 3), view(2, 1), dead]);
         let text = metrics.encode().unwrap();
         for line in [
             "servelab_router_replicas{health=\"ready\"} 2",
             "servelab_router_imbalance 1.5",
+            "servelab_router_replicas{health=\"not_ready\"} 1",
             "servelab_router_token_parity{replica=\"http://r:1\"} 0",
             "servelab_router_breaker_state{replica=\"http://r:1\"} 2",
             "servelab_router_replica_in_flight{replica=\"http://r:1\"} 3",

@@ -60,7 +60,7 @@ impl Server {
         let app = Arc::new(App::new(&options, shared.transpose()?)?);
         let failed =
             |source| RouteError::Bind { address: format!("{}:{}", options.host, options.port), source };
-        let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
+        let listener = connections::listen(&options.host, options.port).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let RouterOptions { sources, max_connections, drain_timeout, .. } = options;
         let discovery = Discovery::find(sources).await?;

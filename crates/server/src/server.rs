@@ -70,7 +70,7 @@ impl Server {
         let api_keys = ApiKeys::new(&options.api_keys)?;
         let failed =
             |source| ServeError::Bind { address: format!("{}:{}", options.host, options.port), source };
-        let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(failed)?;
+        let listener = connections::listen(&options.host, options.port).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let kv_zmq = match options.kv_zmq.clone() {
             Some(zmq) => Some(KvZmq::bind(zmq, address, &options.served_model_names[0]).await?),

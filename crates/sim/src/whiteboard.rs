@@ -227,10 +227,10 @@ fn fleet(plan: &CapacityPlan) -> [String; 4] {
         ),
         row("TTFT", "", &first_token(plan), &ttft),
         row(
-            "TPOT",
+            "peak TPOT",
             "",
             &format!(
-                "batch {} at peak: {} + {} prompts x {prefill} / {output_tokens}",
+                "batch {}: {} + {} prompts x {prefill} / {output_tokens}",
                 tenths(fleet.peak_batch),
                 seconds(fleet.peak_step_seconds),
                 tenths(fleet.peak_batch - 1.0)

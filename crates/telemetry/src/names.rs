@@ -204,7 +204,7 @@ pub mod router {
         TOKEN_PARITY = gauge("router_token_parity",
             "Whether the router tokenises as a replica: 1 yes, 0 no, -1 not known; if not 1, it is matched by text.");
         BREAKER_STATE = gauge("router_breaker_state", "Circuit breaker of a replica: 0 closed, 1 half open, 2 open.");
-        IMBALANCE = gauge("router_imbalance", "Most requests in flight at a replica over the mean.");
+        IMBALANCE = gauge("router_imbalance", "Most requests in flight at a ready replica over their mean.");
 
         HELD_SECONDS = histogram("router_held_seconds", Buckets::RouterWait, "How long requests were held.");
         TOKENISE_SECONDS = histogram("router_tokenise_seconds", Buckets::RouterOwn,

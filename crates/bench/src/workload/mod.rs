@@ -115,6 +115,8 @@ pub struct Workload {
     pub needs_text: bool,
     /// Whether prompts are the user's own.
     pub is_given: bool,
+    /// Whether a prompt may begin as another one did. Without it no cache and no router has anything to find.
+    pub shares: bool,
     jobs: Arc<dyn Fn(u64) -> Jobs + Send + Sync>,
 }
 
@@ -214,6 +216,7 @@ impl Workload {
             is_whole: false,
             needs_text: false,
             is_given: false,
+            shares: true,
             jobs: Arc::new(jobs),
         }
     }
@@ -230,7 +233,8 @@ impl Workload {
         let output = options.output.unwrap_or(Span::exactly(128));
         let jobs = move |seed| Box::new(Independent::new(input.into(), output.into(), None, seed)) as Jobs;
         let settings = [("input_tokens", input.to_string()), ("output_tokens", output.to_string())];
-        Ok(Self::synthetic("random", BUILT_IN[0].1, jobs).with(&settings, input.most, output.most))
+        let workload = Self::synthetic("random", BUILT_IN[0].1, jobs);
+        Ok(Self { shares: false, ..workload }.with(&settings, input.most, output.most))
     }
 
     fn table(options: &WorkloadOptions, catalogue: &Catalogue, name: &str) -> Result<Self, WorkloadError> {
@@ -239,10 +243,11 @@ impl Workload {
         let (input, output) = (catalogue.input(table), catalogue.output(table));
         let (most_input, most_output) = (input.most(), output.most());
         let tree = table.prefixes.clone();
+        let shares = tree.is_some();
         let jobs =
             move |seed| Box::new(Independent::new(input.clone(), output.clone(), tree.clone(), seed)) as Jobs;
         let mut workload = Self::synthetic(name, &table.description, jobs).with(&[], most_input, most_output);
-        workload.arrivals = Some(table.arrivals());
+        (workload.arrivals, workload.shares) = (Some(table.arrivals()), shares);
         Ok(workload)
     }
 

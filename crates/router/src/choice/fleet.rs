@@ -114,22 +114,23 @@ impl Prompt {
         }
     }
 
-    /// The blocks by which a replica knows it; none if it was not tokenised for that one.
+    /// What it is matched by on such a replica: by its text where it was not tokenised for that one, or not in time.
+    pub fn matched_by(&self, hashing: Hashing) -> Hashing {
+        if self.is_exact_for(hashing) { hashing } else { Hashing::Text }
+    }
+
+    /// The blocks by which it is noted on such a replica.
     fn chain(&self, hashing: Hashing) -> &[BlockHash] {
         match hashing {
+            Hashing::Tokens(tokeniser) => self.exact(tokeniser).map_or(&self.chain, |exact| &exact.chain),
             Hashing::Text => &self.chain,
-            Hashing::Tokens(tokeniser) => match self.exact(tokeniser) {
-                Some(exact) => &exact.chain,
-                None if self.is_exact => &self.chain,
-                None => &[],
-            },
         }
     }
 
     /// The tokens that `blocks` blocks of `size` stand for, on a replica with blocks of `own`.
     fn matched_tokens(&self, hashing: Hashing, blocks: u32, size: u32, own: u32) -> u32 {
         let matched = u64::from(blocks) * u64::from(size);
-        let tokens = match hashing {
+        let tokens = match self.matched_by(hashing) {
             Hashing::Text if self.pieces > 0 && !self.is_exact => {
                 matched * u64::from(self.tokens) / u64::from(self.pieces)
             }
@@ -377,7 +378,7 @@ impl Fleet {
         }
         let mut matches = std::mem::take(&mut self.matches);
         self.index.matches(&prompt.chain, &mut matches);
-        // A replica that is known by tokens holds no block of a text, and the other way round.
+        // A replica that is known by tokens is matched by a text only if there are no tokens to match.
         for exact in &prompt.exact {
             self.index.matches(&exact.chain, &mut self.exact_matches);
             let known_by = Hashing::Tokens(exact.tokeniser);
@@ -571,6 +572,13 @@ mod tests {
         assert_eq!(matched(&mut fleet, &other_tokeniser), [0, 319]);
         let not_tokenised = Prompt { exact: Vec::new(), tokens: 1280, ..prompt.clone() };
         assert_eq!(matched(&mut fleet, &not_tokenised), [0, 1279]);
+        drop(fleet.dispatch(by_tokens, &not_tokenised, 0));
+        assert_eq!(
+            matched(&mut fleet, &not_tokenised),
+            [1279, 1279],
+            "its text is noted in place of its tokens"
+        );
+        assert_eq!(not_tokenised.matched_by(Hashing::Tokens(id)), Hashing::Text);
         fleet.set_block_size(by_tokens, 64);
         assert_eq!(matched(&mut fleet, &prompt), [256, 319], "its blocks are larger");
         assert!(fleet.set_hashing(by_tokens, Hashing::Text), "parity is lost");

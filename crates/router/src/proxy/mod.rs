@@ -214,7 +214,9 @@ async fn try_replicas(app: &Arc<App>, outgoing: &Outgoing) -> Result<(Begun, Arc
                     }
                 }
                 tried = ReplicaSet::EMPTY;
-                spans::timed(&outgoing.trace, "hold", hold(app, outgoing)).await?
+                let chosen = spans::timed(&outgoing.trace, "hold", hold(app, outgoing)).await?;
+                spans::tell_choice(&outgoing.trace, outgoing.trace.elapsed(), app.policy, Some(&chosen));
+                chosen
             }
         };
         number += 1;

@@ -266,7 +266,7 @@ impl Registry {
         let dispatch = inner.fleet.dispatch(replica.id, prompt, matched)?;
         let tries = lock(&replica.state).breaker.begin(now);
         let ticket = Ticket { registry: self.clone(), replica: replica.clone(), tries, told: false };
-        let hashing = inner.fleet.hashing(replica.id);
+        let hashing = prompt.matched_by(inner.fleet.hashing(replica.id));
         Some(Chosen { replica, decision, hashing, dispatch, ticket })
     }
 
