@@ -45,6 +45,15 @@ const LLAMA_3_8B: Preset = Preset {
     eos: 128_001,
 };
 
+const LLAMA_3_70B: Preset = Preset {
+    name: "llama-3.1-70b",
+    hidden_size: 8192,
+    intermediate_size: 28_672,
+    layers: 80,
+    heads: 64,
+    ..LLAMA_3_8B
+};
+
 const QWEN3_8B: Preset = Preset {
     name: "qwen3-8b",
     architecture: "Qwen3ForCausalLM",
@@ -80,14 +89,9 @@ const QWEN2_5_7B: Preset = Preset {
 
 const PRESETS: &[Preset] = &[
     LLAMA_3_8B,
-    Preset {
-        name: "llama-3.1-70b",
-        hidden_size: 8192,
-        intermediate_size: 28_672,
-        layers: 80,
-        heads: 64,
-        ..LLAMA_3_8B
-    },
+    Preset { name: "llama-3-8b", max_positions: 8192, llama3_factor: None, ..LLAMA_3_8B },
+    LLAMA_3_70B,
+    Preset { name: "llama-3-70b", max_positions: 8192, llama3_factor: None, ..LLAMA_3_70B },
     Preset {
         name: "llama-3.2-1b",
         hidden_size: 2048,
@@ -222,6 +226,8 @@ mod tests {
     fn parameter_counts_are_the_published_ones() {
         // Model cards, in millions.
         let published = [
+            ("llama-3-8b", 8030.0),
+            ("llama-3-70b", 70_554.0),
             ("llama-3.1-8b", 8030.0),
             ("llama-3.1-70b", 70_554.0),
             ("llama-3.2-1b", 1236.0),

@@ -43,7 +43,7 @@ fn chat(replicas: u32, rate: f64, seconds: u64) -> Settings {
     }
 }
 
-/// Says how fast this machine simulates: `cargo test --release -p servelab-fleet --test fleet speed -- --ignored
+/// Says how fast this machine simulates: `cargo test --release --workspace --test fleet speed -- --ignored
 /// --nocapture`.
 #[test]
 #[ignore = "prints times, and has nothing to hold"]
