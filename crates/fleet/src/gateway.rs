@@ -37,8 +37,6 @@ pub struct Gateway {
     pub cells: Vec<Cell>,
     block_size: u32,
     capacity_tokens: u64,
-    /// Whether a prompt may begin as another one did.
-    shares: bool,
 }
 
 /// Where a request goes, and what the router expects it to find there.
@@ -50,13 +48,7 @@ pub struct Choice {
 
 impl Gateway {
     /// Routers for up to `most_pods`.
-    pub fn new(
-        settings: RouterSettings,
-        kind: &ReplicaKind,
-        most_pods: u32,
-        seed: u64,
-        shares: bool,
-    ) -> Self {
+    pub fn new(settings: RouterSettings, kind: &ReplicaKind, most_pods: u32, seed: u64) -> Self {
         let block_size = kind.engine.block_size;
         let cell = |number: u32| Cell {
             fleet: Fleet::new(FleetOptions {
@@ -78,7 +70,6 @@ impl Gateway {
             cells: (0..cells).map(cell).collect(),
             block_size,
             capacity_tokens: u64::from(kind.engine.num_blocks) * u64::from(block_size),
-            shares,
         }
     }
 
@@ -132,12 +123,9 @@ impl Gateway {
         pods: &mut Pods,
     ) -> Option<Choice> {
         let is_read = self.settings.policy.reads_prompt() || self.settings.is_oracle;
-        let chain = ask.prompt_chain(self.block_size);
-        // Of prompts that share nothing, the beginning is all that a policy can use.
-        let read = if self.shares { chain.len() } else { chain.len().min(1) };
-        let chain = chain[..if is_read { read } else { 0 }].to_vec();
+        let chain = if is_read { ask.prompt_chain(self.block_size).to_vec() } else { Vec::new() };
         let prompt = Prompt {
-            tokens: ask.prompt_tokens,
+            tokens: ask.prompt_tokens(),
             chain,
             is_exact: true,
             session,

@@ -72,25 +72,16 @@ impl Run {
         }
     }
 
-    /// What a turn asks of a replica.
-    fn ask(&self, number: u64, conversation: &mut Conversation) -> Ask {
-        let block_size = self.settings.kind.engine.block_size;
-        if !self.settings.makes_tokens() {
-            let (prompt_tokens, output_tokens) = conversation.lengths();
-            return Ask::alone(number, prompt_tokens, output_tokens, block_size);
-        }
-        let output_tokens = conversation.say(&self.writer);
-        Ask::new(number, number, conversation.history.as_slice().into(), output_tokens, block_size)
-    }
-
     fn send(&mut self, mut conversation: Conversation) {
+        let output_tokens = conversation.say(&self.writer);
         let number = self.next_request;
         self.next_request += 1;
-        let ask = self.ask(number, &mut conversation);
         let engine = &self.settings.kind.engine;
+        let prompt = conversation.history.as_slice().into();
+        let ask = Ask::new(number, number, prompt, output_tokens, engine.block_size);
         self.tally.requests += 1;
-        self.tally.prompt_tokens += u64::from(ask.prompt_tokens);
-        let tokens = u64::from(ask.prompt_tokens) + u64::from(ask.output_tokens);
+        self.tally.prompt_tokens += u64::from(ask.prompt_tokens());
+        let tokens = u64::from(ask.prompt_tokens()) + u64::from(output_tokens);
         let room = u64::from(engine.num_blocks) * u64::from(engine.block_size);
         let fits = tokens <= u64::from(engine.max_model_len).min(room);
         let cell = self.gateway.cell_of(number);
@@ -246,7 +237,7 @@ impl Run {
             match note.happened {
                 Happened::Scheduled { cached_tokens } => {
                     self.tally.hit_tokens += u64::from(cached_tokens);
-                    self.tally.looked_up_tokens += u64::from(request.ask.prompt_tokens);
+                    self.tally.looked_up_tokens += u64::from(request.ask.prompt_tokens());
                     self.queue_time.push(request.arrived, note.at.saturating_sub(request.arrived));
                 }
                 Happened::FirstToken => {

@@ -142,7 +142,7 @@ impl Run {
         let most_pods = scaler.most_replicas().max(settings.pods.initial);
         let mut run = Self {
             now: Duration::ZERO,
-            gateway: Gateway::new(settings.router, &settings.kind, most_pods, seed, settings.workload.shares),
+            gateway: Gateway::new(settings.router, &settings.kind, most_pods, seed),
             prometheus: Prometheus::new(&settings.model_name, &scaler),
             pods: Pods::new(settings.pods, settings.kind.gpus),
             writer: writer(seed),

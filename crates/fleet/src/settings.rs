@@ -138,11 +138,6 @@ const MAX_RETRIES: u32 = 100;
 const MAX_DURATION: Duration = Duration::from_secs(31 * 86_400);
 
 impl Settings {
-    /// Whether prompts and answers have to be there token by token.
-    pub fn makes_tokens(&self) -> bool {
-        self.is_exact || self.workload.shares
-    }
-
     /// # Errors
     /// The first setting that cannot be.
     pub fn validate(&self) -> Result<(), SettingsError> {

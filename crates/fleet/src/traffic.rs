@@ -80,12 +80,6 @@ impl Conversation {
         turn.output_tokens.max(1)
     }
 
-    /// Tokens of what the turn says, without making them, and of its answer.
-    pub fn lengths(&self) -> (u32, u32) {
-        let turn = &self.job.turns[self.turn];
-        (turn.content.tokens(), turn.output_tokens.max(1))
-    }
-
     /// Goes on to the next turn, and returns how long after the answer it is said. `None` if there is none.
     pub fn next_turn(&mut self) -> Option<Duration> {
         self.turn += 1;

@@ -115,8 +115,6 @@ pub struct Workload {
     pub needs_text: bool,
     /// Whether prompts are the user's own.
     pub is_given: bool,
-    /// Whether a prompt may begin as another one did. Without it no cache and no router has anything to find.
-    pub shares: bool,
     jobs: Arc<dyn Fn(u64) -> Jobs + Send + Sync>,
 }
 
@@ -216,7 +214,6 @@ impl Workload {
             is_whole: false,
             needs_text: false,
             is_given: false,
-            shares: true,
             jobs: Arc::new(jobs),
         }
     }
@@ -233,8 +230,7 @@ impl Workload {
         let output = options.output.unwrap_or(Span::exactly(128));
         let jobs = move |seed| Box::new(Independent::new(input.into(), output.into(), None, seed)) as Jobs;
         let settings = [("input_tokens", input.to_string()), ("output_tokens", output.to_string())];
-        let workload = Self::synthetic("random", BUILT_IN[0].1, jobs);
-        Ok(Self { shares: false, ..workload }.with(&settings, input.most, output.most))
+        Ok(Self::synthetic("random", BUILT_IN[0].1, jobs).with(&settings, input.most, output.most))
     }
 
     fn table(options: &WorkloadOptions, catalogue: &Catalogue, name: &str) -> Result<Self, WorkloadError> {
@@ -243,11 +239,10 @@ impl Workload {
         let (input, output) = (catalogue.input(table), catalogue.output(table));
         let (most_input, most_output) = (input.most(), output.most());
         let tree = table.prefixes.clone();
-        let shares = tree.is_some();
         let jobs =
             move |seed| Box::new(Independent::new(input.clone(), output.clone(), tree.clone(), seed)) as Jobs;
         let mut workload = Self::synthetic(name, &table.description, jobs).with(&[], most_input, most_output);
-        (workload.arrivals, workload.shares) = (Some(table.arrivals()), shares);
+        workload.arrivals = Some(table.arrivals());
         Ok(workload)
     }
 

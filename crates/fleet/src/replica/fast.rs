@@ -174,14 +174,13 @@ impl Fast {
         self.next_ordinal += 1;
         // Behind somebody who does not fit, it changes nothing before a step does.
         let may_begin = self.waiting.is_empty();
-        let prompt = ask.prompt_tokens as usize;
         let sequence = Sequence {
             precedence,
             request: ask.number,
             chain: ask.chain.clone(),
-            prompt,
-            most: prompt + ask.output_tokens as usize,
-            tokens: prompt,
+            prompt: ask.prompt.len(),
+            most: ask.prompt.len() + ask.output_tokens as usize,
+            tokens: ask.prompt.len(),
             computed: 0,
             planned: 0,
             cached: 0,

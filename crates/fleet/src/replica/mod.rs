@@ -41,8 +41,6 @@ pub struct Ask {
     pub number: u64,
     /// What its answer is made of: the same for the same request, wherever and however often it is computed.
     pub answer_key: u64,
-    pub prompt_tokens: u32,
-    /// For the real engine; empty in a request that is [`Ask::alone`].
     pub prompt: Arc<[TokenId]>,
     pub output_tokens: u32,
     /// Hashes of the full blocks of the prompt and of the answer behind it.
@@ -61,22 +59,16 @@ impl Ask {
         let mut tokens = prompt.to_vec();
         tokens.extend((0..output_tokens).map(|at| answer_token(answer_key, at)));
         let chain = hash_blocks(&tokens, block_size as usize, 0).into();
-        Self { number, answer_key, prompt_tokens: prompt.len() as u32, prompt, output_tokens, chain }
+        Self { number, answer_key, prompt, output_tokens, chain }
     }
 
-    /// A request that begins as no other does, for replicas that need no tokens: making and hashing them would take most of
-    /// the time, and the blocks would be as different as these are.
-    pub fn alone(number: u64, prompt_tokens: u32, output_tokens: u32, block_size: u32) -> Self {
-        let blocks = (prompt_tokens + output_tokens) / block_size;
-        let hash =
-            |at: u32| BlockHash(u128::from(servelab_bench::prompt::mix(number)) << 64 | u128::from(at));
-        let chain = (0..blocks).map(hash).collect();
-        Self { number, answer_key: number, prompt_tokens, prompt: Arc::from([]), output_tokens, chain }
+    pub fn prompt_tokens(&self) -> u32 {
+        self.prompt.len() as u32
     }
 
     /// Of the prompt alone.
     pub fn prompt_chain(&self, block_size: u32) -> &[BlockHash] {
-        &self.chain[..(self.prompt_tokens / block_size) as usize]
+        &self.chain[..self.prompt.len() / block_size as usize]
     }
 }
 

@@ -86,7 +86,7 @@ impl Stepped {
             cache_salt: 0,
             arrival: now,
         });
-        let (prompt_tokens, cached_tokens) = (ask.prompt_tokens, None);
+        let (prompt_tokens, cached_tokens) = (ask.prompt_tokens(), None);
         let live = Live { arrived: now, scheduled: now, last_token: None, prompt_tokens, cached_tokens };
         self.live.insert(RequestId(ask.number), live);
         if self.under_way.is_none() {

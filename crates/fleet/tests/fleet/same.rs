@@ -50,20 +50,3 @@ fn the_page_is_whole_and_loads_nothing() {
         assert!(foreign.is_empty(), "{foreign:?}");
     }
 }
-
-/// Where no prompt begins as another one, leaving out the tokens and what the router keeps of them changes nothing, not
-/// even with preemptions, after which a request finds its own blocks.
-#[test]
-fn prompts_that_share_nothing_need_no_tokens() {
-    for seed in 0..4 {
-        let mut settings = Settings { workload: small::independent(), ..small::settings(2, 6.0, 120, seed) };
-        settings.kind.engine.num_blocks = 150;
-        assert!(!settings.makes_tokens());
-        let mut made = settings.clone();
-        made.workload.shares = true;
-        assert!(made.makes_tokens());
-        let outcome = simulate(settings.clone(), Scaler::fixed(2)).unwrap();
-        assert!(outcome.preemptions > 0, "seed {seed}: {outcome:?}");
-        assert_eq!(json(settings), json(made), "seed {seed}");
-    }
-}
