@@ -4,8 +4,8 @@
 /// parent wants it to end, or is gone.
 pub const PARENT_VARIABLE: &str = "SERVELAB_ENDS_WITH_INPUT";
 
-/// Ready on the first SIGTERM or SIGINT, or at the end of the parent. A second one ends the program at once, for those who do not want
-/// to wait for the drain.
+/// Ready on the first SIGTERM or SIGINT, or at the end of the parent. A second signal ends the program at once, for
+/// those who do not want to wait for the drain.
 pub async fn stop() {
     tokio::select! {
         () = next() => {}

@@ -296,16 +296,18 @@ async fn ended(server: &mut Option<Server>) -> String {
 }
 
 fn line(name: &str, server: &Server) -> String {
-    let pid = server.pid().map_or_else(String::new, |pid| format!("  pid {pid}"));
-    format!("{name:<12}{}{pid}", server.address)
+    format!("{name:<12}{}", whereabouts(&server.address, server.pid()))
+}
+
+fn whereabouts(address: &str, pid: Option<u32>) -> String {
+    pid.map_or_else(|| address.to_owned(), |pid| format!("{address}  pid {pid}"))
 }
 
 fn tell_happened(happened: &Happened) {
     match happened {
         Happened::Ended { name, how } => tell(&format!("{name} ended ({how}); it is started again")),
         Happened::Restarted { name, address, pid } => {
-            let pid = pid.map_or_else(String::new, |pid| format!("  pid {pid}"));
-            tell(&format!("{name} runs again: {address}{pid}"));
+            tell(&format!("{name} runs again: {}", whereabouts(address, *pid)));
         }
     }
 }
