@@ -36,6 +36,11 @@ use clap::{CommandFactory, Parser};
 
 use crate::args::{Cli, Command};
 
+/// The C library's grows and shrinks the heap of each thread in small steps, one call to the kernel each; the router did
+/// that more than once for every request.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 

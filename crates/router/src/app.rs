@@ -25,6 +25,7 @@ use crate::parity::watch::Watch;
 use crate::proxy::budget::Budget;
 use crate::proxy::hedge::FirstBytes;
 use crate::proxy::hold::Hold;
+use crate::proxy::unread::Unread;
 use crate::replicas::client::{Client, client};
 use crate::replicas::registry::Registry;
 
@@ -49,6 +50,7 @@ pub struct App {
     pub limits: Arc<Limits>,
     pub gate: Arc<Gate>,
     pub answers: Arc<Answers>,
+    pub unread: Arc<Unread>,
     pub replica_key: Option<HeaderValue>,
     /// Every request from its arrival to the last byte of its answer.
     pub inside: TaskTracker,
@@ -113,6 +115,7 @@ impl App {
             limits: Arc::new(Limits::new(limits, shared, registry.now())),
             gate: Arc::new(Gate::new(slots, options.max_waiting)),
             answers: Arc::new(Answers::new(options.idempotency_window)),
+            unread: Arc::default(),
             replica_key,
             inside: TaskTracker::new(),
             cut: CancellationToken::new(),

@@ -81,6 +81,7 @@ impl Server {
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
         discovery.follow(&app.members, &stop);
+        tokio::spawn(end_overdue(app.clone(), stop.clone()));
         let (down, going_down) = oneshot::channel::<()>();
         let refused = move || {
             let error = RouterError::TooManyConnections { limit: max_connections };
@@ -112,6 +113,10 @@ impl Server {
         }
         Ok(())
     }
+}
+
+async fn end_overdue(app: Arc<App>, stop: CancellationToken) {
+    stop.run_until_cancelled(app.unread.end_overdue(&app.cut)).await;
 }
 
 /// Takes nothing new, lets what is under way end, and cuts what is left when the time is over. The socket stays open

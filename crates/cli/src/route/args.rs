@@ -156,6 +156,10 @@ typed! {
     /// How long running requests may go on after SIGTERM [default: 30s].
     #[arg(long, value_name = "TIME", help_heading = "Network")]
     drain_timeout: TimeSpan,
+    /// Threads that pass requests on; prompts become tokens on others, for which the rest is meant. More than are busy
+    /// cost time, since one wakes the other for every request [default: half of the cores, at least 1].
+    #[arg(long, value_name = "COUNT", help_heading = "Network")]
+    threads: usize,
 
     /// Attempts at other replicas when one fails before the first byte [default: 3].
     #[arg(long, value_name = "COUNT", help_heading = "Faults")]

@@ -53,14 +53,15 @@ pub fn run(command: RouteCommand) -> Result<(), Error> {
     let api_keys = std::env::var(API_KEYS_VARIABLE).ok();
     let typed = command.typed.over(file);
     let traces = traces::options(typed.traces(), "servelab-router", |name| std::env::var(name).ok())?;
-    let RouteSettings { mut options, log_format, log_level } =
+    let RouteSettings { mut options, log_format, log_level, threads } =
         RouteSettings::new(typed, api_keys.as_deref())?;
     servelab_telemetry::init_logs(log_format, &log_level)?;
     if let Some(traces) = traces {
         options.traces = Traces::start(&traces, options.metrics.span_counters())?;
     }
     let traces = options.traces.clone();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(threads).enable_all().build().map_err(Error::Runtime)?;
     let outcome = runtime.block_on(route(options));
     traces.shut_down(LAST_SPANS);
     runtime.shutdown_background();

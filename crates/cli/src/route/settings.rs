@@ -85,6 +85,8 @@ pub struct RouteSettings {
     pub options: RouterOptions,
     pub log_format: LogFormat,
     pub log_level: String,
+    /// That pass requests on.
+    pub threads: usize,
 }
 
 const AT_LEAST_ONE: &str = "it must be at least 1";
@@ -152,7 +154,23 @@ impl RouteSettings {
             Some(crate::args::LogFormat::Json) => LogFormat::Json,
             _ => LogFormat::Human,
         };
-        Ok(Self { options, log_format, log_level })
+        let threads = threads(typed.threads)?;
+        Ok(Self { options, log_format, log_level, threads })
+    }
+}
+
+/// Beyond any machine, and few enough to be started.
+const MOST_THREADS: usize = 1024;
+
+fn threads(typed: Option<usize>) -> Result<usize, RouteSettingsError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    match typed.unwrap_or((cores / 2).max(1)) {
+        threads @ 1..=MOST_THREADS => Ok(threads),
+        wrong => Err(RouteSettingsError::Range {
+            name: "threads",
+            value: wrong.to_string(),
+            rule: "it must be from 1 to 1024",
+        }),
     }
 }
 
@@ -451,6 +469,8 @@ mod tests {
             (|typed| typed.parity_interval = Some(TimeSpan(Duration::ZERO)), "--parity-interval is 0"),
             (|typed| typed.hedge = Some(2.0), "--hedge is 2"),
             (|typed| typed.max_in_flight = Some(0), "--max-in-flight is 0"),
+            (|typed| typed.threads = Some(0), "--threads is 0; it must be from 1 to 1024"),
+            (|typed| typed.threads = Some(5000), "--threads is 5000"),
             (|typed| typed.metrics_prefix = Some("9".into()), "--metrics-prefix \"9\""),
             (|typed| typed.kv_events_replay_port = Some(5558), "--kv-events-replay-port is for ZeroMQ"),
             (|typed| typed.kv_events_zmq_port = Some(0), "--kv-events-zmq-port is 0"),

@@ -105,19 +105,19 @@ pub async fn attempt(
     let chosen = Choice { replica, decision, hashing };
     let mut span = spans::of_attempt(&outgoing.trace, &chosen.replica.address, which);
     let began = Instant::now();
-    // An answer that comes whole does not show when its prompt was computed; then the estimate has to do.
-    let prefill = chosen.decision.terms().map_or(0.0, |terms| terms.prefill_seconds + terms.queue_seconds);
-    let prefill = Duration::try_from_secs_f64(prefill).unwrap_or(FAR).min(FAR);
     let outcome = {
         let exchange = exchange(app, outgoing, &chosen, &span);
         tokio::pin!(exchange);
-        match tokio::time::timeout(prefill, &mut exchange).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                if !outgoing.asked.streams {
+        if outgoing.asked.streams {
+            exchange.await
+        } else {
+            // An answer that comes whole does not show when its prompt was computed; then the estimate has to do.
+            match tokio::time::timeout(prefill_time(&chosen), &mut exchange).await {
+                Ok(outcome) => outcome,
+                Err(_) => {
                     dispatch.first_token();
+                    exchange.await
                 }
-                exchange.await
             }
         }
     };
@@ -136,6 +136,12 @@ pub async fn attempt(
             Err(failed)
         }
     }
+}
+
+/// How long the replica is expected to be busy before the first token.
+fn prefill_time(chosen: &Choice) -> Duration {
+    let seconds = chosen.decision.terms().map_or(0.0, |terms| terms.prefill_seconds + terms.queue_seconds);
+    Duration::try_from_secs_f64(seconds).unwrap_or(FAR).min(FAR)
 }
 
 /// What the attempt says about the replica.

@@ -9,6 +9,7 @@ pub mod hedge;
 pub mod hold;
 mod spans;
 pub mod stream;
+pub mod unread;
 pub mod whole_events;
 
 use std::sync::Arc;
@@ -371,8 +372,8 @@ fn answer(
             AnswerOf::Whole(bytes)
         }
         Beginning::Streams { is_events, first, rest } => {
-            let body =
-                AnswerBody::new(first, rest, is_events, app.timeouts, estimate.end, app.cut.clone(), flight);
+            let limits = stream::Limits { timeouts: app.timeouts, end: estimate.end, cut: app.cut.clone() };
+            let body = AnswerBody::new(first, rest, is_events, flight, limits, &app.unread);
             AnswerOf::Stream(Box::new(body))
         }
     };

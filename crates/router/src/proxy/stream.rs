@@ -1,65 +1,61 @@
 //! An answer on its way through: read from the replica only as fast as the client takes it, with no buffer between.
 //! Dropping it closes the connection to the replica. A client that does not read at all asks for nothing, so that no
-//! poll can notice that its time is over: a task of its own does.
+//! poll can notice that its time is over: [`super::unread`] does.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tokio_util::task::AbortOnDropHandle;
 
 use super::flight::Flight;
+use super::unread::{Place, Unread};
 use super::whole_events::WholeEvents;
 use crate::errors::RouterError;
 use crate::options::Timeouts;
 
-/// After the end of everything, for those who read to hear why.
-const GRACE: Duration = Duration::from_secs(1);
+/// What ends an answer before it has ended by itself.
+pub struct Limits {
+    pub timeouts: Timeouts,
+    /// When the whole of it must be there.
+    pub end: Instant,
+    /// Ends it at once.
+    pub cut: CancellationToken,
+}
 
 pub struct AnswerBody {
     /// `None` once its time was over and nobody read.
     passing: Arc<Mutex<Option<Passing>>>,
     timeouts: Timeouts,
-    _watch: AbortOnDropHandle<()>,
+    _place: Place,
 }
 
 impl AnswerBody {
-    /// `first` came already. `end`: when the whole answer must be there. `cut` ends it at once.
+    /// `first` came already.
     pub fn new(
         first: Option<Frame<Bytes>>,
         rest: Incoming,
         is_events: bool,
-        timeouts: Timeouts,
-        end: Instant,
-        cut: CancellationToken,
         flight: Flight,
+        limits: Limits,
+        unread: &Arc<Unread>,
     ) -> Self {
+        let Limits { timeouts, end, cut } = limits;
         let last = Instant::now();
         let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
         let events = is_events.then(WholeEvents::default);
-        let watched = cut.clone();
         let cut = Box::pin(cut.cancelled_owned());
         let passing =
             Passing { first, rest, events, timeouts, timer, last, end, cut, flight, state: State::Passing };
         let passing = Arc::new(Mutex::new(Some(passing)));
-        let watch = tokio::spawn(give_up(passing.clone(), end, watched));
-        Self { passing, timeouts, _watch: AbortOnDropHandle::new(watch) }
+        let place = unread.watch(passing.clone(), end);
+        Self { passing, timeouts, _place: place }
     }
-}
-
-/// Closes the connection to the replica, and ends what counts the request, when its time is over.
-async fn give_up(passing: Arc<Mutex<Option<Passing>>>, end: Instant, cut: CancellationToken) {
-    let _ = tokio::time::timeout_at(end, cut.cancelled()).await;
-    tokio::time::sleep(GRACE).await;
-    let over = passing.lock().unwrap_or_else(PoisonError::into_inner).take();
-    drop(over);
 }
 
 impl Body for AnswerBody {
@@ -78,7 +74,7 @@ impl Body for AnswerBody {
 }
 
 /// An answer of which something may still come.
-struct Passing {
+pub struct Passing {
     first: Option<Frame<Bytes>>,
     rest: Incoming,
     /// Of a stream of server-sent events.
