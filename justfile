@@ -70,7 +70,7 @@ kernels:
 # 2,000 requests to a replica, 50,000 through the router; resident memory must stay flat.
 soak:
     SERVELAB_SOAK_REQUESTS=2000 SERVELAB_ROUTER_SOAK_REQUESTS=50000 \
-        cargo test --release --package servelab-cli --test end_to_end -- --nocapture memory_stays_flat
+        cargo test --release --workspace --test end_to_end -- --nocapture memory_stays_flat
 
 # NVIDIA's aiperf (pip install aiperf) against a demo server that runs already, by default that of `just demo`.
 aiperf url="http://127.0.0.1:8000" folder="target/aiperf":

@@ -3,7 +3,7 @@
 
     benches/routing/overhead.py [OUT_FOLDER] [--sglang-router CMD] [--nginx CMD] [--rounds N] [--seconds S] [--debug]
 
-Two backends with nothing to do (crates/bench/examples/exact_server.rs: an answer at once) stand behind every proxy;
+Two backends with nothing to do (crates/router/examples/instant_server.rs: an answer at once) stand behind every proxy;
 `servelab bench` is the client. All share the machine's cores. The targets take turns round by round, so that a change
 in the machine's load meets all of them. For each target and round:
 
@@ -197,7 +197,7 @@ def load(options, url, proxy, scratch, tokens, how, is_ours=True):
 
 
 def measure(options, scratch):
-    backends = [listening([options.exact, 0, 0]) for _ in range(2)]
+    backends = [listening([options.backend]) for _ in range(2)]
     replicas = [url for _, url in backends]
     running = [process for process, _ in backends]
     targets, left_out = {"no proxy": (None, replicas[0])}, {}
@@ -306,9 +306,9 @@ def machine():
 def main():
     options = parse()
     build = TARGET / ("debug" if options.debug else "release")
-    options.servelab, options.exact = build / "servelab", build / "examples/exact_server"
+    options.servelab, options.backend = build / "servelab", build / "examples/instant_server"
     if not options.debug:
-        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab", "--example", "exact_server"]
+        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab", "--example", "instant_server"]
         subprocess.run(command, cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))

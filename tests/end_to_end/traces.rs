@@ -322,6 +322,49 @@ async fn every_attempt_at_a_replica_is_a_span_with_what_the_replica_made_of_it()
 }
 
 #[tokio::test]
+async fn a_hedge_is_an_attempt_beside_the_slow_one_which_ends_when_it_has_lost() {
+    let collector = Collector::http().await;
+    let fast = replica(&collector, &[]).await;
+    let slow = ["--device", "sim", "--speed", "0.001"];
+    let slow = Server::start(&[&slow, &collector.flags()[..]].concat()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("replicas");
+    std::fs::write(&list, "").unwrap();
+    let flags = ["--replicas-file", list.to_str().unwrap(), "--policy", "round_robin", "--hedge", "0.9"];
+    let router = router(&fast, &collector, &flags).await;
+    // So many show how long the first word usually takes.
+    for _ in 0..32 {
+        router.complete("Hello", 1).await;
+    }
+    std::fs::write(&list, format!("{}\n", slow.base)).unwrap();
+    let both = async || router.get("/health").await.1.contains("\"replicas_ready\":2");
+    router.until("both replicas are ready", both).await;
+    // One of two in turn goes to the slow one first.
+    for _ in 0..2 {
+        router.complete("Hello", 1).await;
+    }
+    let is_hedge = |span: &Span| span.name == "attempt" && span.attribute("servelab.hedge") == true;
+    let lost_to = |spans: &[Span], hedge: &Span| {
+        spans
+            .iter()
+            .find(|span| span.parent == hedge.parent && span.name == "attempt" && !is_hedge(span))
+            .cloned()
+    };
+    let whole = |spans: &[Span]| {
+        spans.iter().any(|span| is_hedge(span) && lost_to(spans, span).is_some() && span.events.len() == 1)
+    };
+    let spans = collector.until("a hedge and who lost to it", whole).await;
+    let hedge = spans.iter().find(|span| is_hedge(span) && span.events.len() == 1).unwrap();
+    let slow_one = lost_to(&spans, hedge).unwrap();
+    let port = |server: &Server| server.base.rsplit_once(':').unwrap().1.parse::<u64>().unwrap();
+    assert_eq!(hedge.attribute("server.port"), port(&fast));
+    assert_eq!(slow_one.attribute("server.port"), port(&slow));
+    assert!(slow_one.start < hedge.start && hedge.start < slow_one.end, "{slow_one:#?} beside {hedge:#?}");
+    assert!(slow_one.events.is_empty(), "it has lost before its first byte: {slow_one:#?}");
+    assert!(spans.iter().any(|span| span.is_child_of(hedge)), "the replica goes on below the hedge");
+}
+
+#[tokio::test]
 async fn the_load_generators_requests_are_the_first_spans_of_their_traces() {
     let collector = Collector::grpc().await;
     let replica = replica(&collector, &[]).await;

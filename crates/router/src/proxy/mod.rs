@@ -9,6 +9,7 @@ pub mod hedge;
 pub mod hold;
 mod spans;
 pub mod stream;
+mod turn;
 pub mod unread;
 pub mod whole_events;
 
@@ -111,7 +112,9 @@ pub async fn forward(app: &Arc<App>, incoming: Incoming, asked: Asked) -> Result
     spans::tell_request(&trace, &asked);
     let mut visit = Visit::new(app, trace);
     match forward_counted(app, incoming, asked, visit.trace().clone()).await {
-        Ok((begun, admission, estimate, noted)) => Ok(answer(app, begun, visit, admission, estimate, noted)),
+        Ok((begun, admission, estimate, noted)) => {
+            Ok(answer(app, begun, visit, admission, estimate, noted).await)
+        }
         Err(error) => {
             let refused = error.status().is_client_error();
             visit.set(if refused { Outcome::Refused } else { Outcome::Failed });
@@ -336,7 +339,7 @@ async fn attempt_or_hedge(
 }
 
 /// The replica's answer as the client gets it: status, headers and body unchanged.
-fn answer(
+async fn answer(
     app: &Arc<App>,
     begun: Result<Begun, Box<(response::Parts, Bytes)>>,
     mut visit: Visit,
@@ -374,6 +377,7 @@ fn answer(
         Beginning::Streams { is_events, first, rest } => {
             let limits = stream::Limits { timeouts: app.timeouts, end: estimate.end, cut: app.cut.clone() };
             let body = AnswerBody::new(first, rest, is_events, flight, limits, &app.unread);
+            body.gather().await;
             AnswerOf::Stream(Box::new(body))
         }
     };

@@ -1,8 +1,9 @@
-//! An answer on its way through: read from the replica only as fast as the client takes it, with no buffer between.
+//! An answer on its way through: read from the replica only as fast as the client takes it, with no buffer between but
+//! that of events that come at once.
 //! Dropping it closes the connection to the replica. A client that does not read at all asks for nothing, so that no
 //! poll can notice that its time is over: [`super::unread`] does.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -14,10 +15,14 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::flight::Flight;
+use super::turn::Turn;
 use super::unread::{Place, Unread};
 use super::whole_events::WholeEvents;
 use crate::errors::RouterError;
 use crate::options::Timeouts;
+
+/// Bytes of events that are gathered before they pass.
+const MOST_AT_ONCE: usize = 16 * 1024;
 
 /// What ends an answer before it has ended by itself.
 pub struct Limits {
@@ -50,11 +55,33 @@ impl AnswerBody {
         let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
         let events = is_events.then(WholeEvents::default);
         let cut = Box::pin(cut.cancelled_owned());
-        let passing =
-            Passing { first, rest, events, timeouts, timer, last, end, cut, flight, state: State::Passing };
+        let passing = Passing {
+            first,
+            rest,
+            events,
+            timeouts,
+            timer,
+            last,
+            end,
+            cut,
+            flight,
+            state: State::Passing,
+            other: None,
+            may_pass: false,
+            turn: None,
+        };
         let passing = Arc::new(Mutex::new(Some(passing)));
         let place = unread.watch(passing.clone(), end);
         Self { passing, timeouts, _place: place }
+    }
+
+    /// Waits for what passes first, so that it goes with the head of the answer.
+    pub async fn gather(&self) {
+        poll_fn(|context| match &mut *self.passing.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(passing) => passing.poll_gather(context),
+            None => Poll::Ready(()),
+        })
+        .await;
     }
 }
 
@@ -88,13 +115,19 @@ pub struct Passing {
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     flight: Flight,
     state: State,
+    /// What has come and is no event: a piece of something else, or what follows the last event.
+    other: Option<Frame<Bytes>>,
+    /// What has come passes now.
+    may_pass: bool,
+    /// While other tasks have theirs.
+    turn: Option<Turn>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum State {
     Passing,
-    /// All has come from the replica.
-    Last,
+    /// Nothing more comes from the replica, by its own will or not; what has come passes first.
+    Last(Option<RouterError>),
     Ended,
 }
 
@@ -146,8 +179,10 @@ impl Passing {
     }
 
     /// A stream of events ends with one that says why, and without `[DONE]`. Anything else can only break.
-    fn fail(&mut self, error: RouterError) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
-        self.state = State::Ended;
+    fn fail(&mut self) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
+        let State::Last(Some(error)) = std::mem::replace(&mut self.state, State::Ended) else {
+            return Poll::Ready(None);
+        };
         self.flight.failed();
         if self.events.is_some() {
             return Poll::Ready(Some(Ok(Frame::data(Bytes::from(error.event())))));
@@ -157,35 +192,70 @@ impl Passing {
 
     fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
         loop {
-            if let Some(whole) = self.events.as_mut().and_then(WholeEvents::pop) {
-                return Poll::Ready(Some(Ok(Frame::data(whole))));
-            }
-            match self.state {
-                State::Ended => return Poll::Ready(None),
-                State::Last => {
-                    self.state = State::Ended;
-                    self.flight.answered(None);
-                    return Poll::Ready(None);
+            if self.may_pass {
+                let whole = self.events.as_mut().and_then(WholeEvents::take).map(Frame::data);
+                if let Some(frame) = whole.or_else(|| self.other.take()) {
+                    return Poll::Ready(Some(Ok(frame)));
                 }
-                State::Passing => {}
-            }
-            match ready!(self.next(context)) {
-                Some(Ok(frame)) => {
-                    let Some(events) = &mut self.events else { return Poll::Ready(Some(Ok(frame))) };
-                    match frame.into_data() {
-                        Ok(data) => {
-                            self.flight.events(&data);
-                            events.push(data);
-                        }
-                        Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                self.may_pass = false;
+                match &mut self.state {
+                    State::Ended => return Poll::Ready(None),
+                    State::Last(Some(_)) => return self.fail(),
+                    State::Last(None) => {
+                        self.state = State::Ended;
+                        self.flight.answered(None);
+                        return Poll::Ready(None);
                     }
+                    State::Passing => {}
                 }
-                Some(Err(error)) => return self.fail(error),
-                None => {
-                    self.state = State::Last;
-                    if let Some(events) = &mut self.events {
-                        events.pass_rest();
-                    }
+            }
+            ready!(self.poll_gather(context));
+        }
+    }
+
+    /// Ready when something may pass, or nothing more comes. The task that reads from the replica hands over one piece
+    /// at a time: it has a turn before what it has given so far passes, since a piece for itself costs both sides a call
+    /// to the kernel.
+    fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        while matches!(self.state, State::Passing) && self.other.is_none() && self.gathered() < MOST_AT_ONCE {
+            match self.next(context) {
+                Poll::Ready(next) => {
+                    self.turn = None;
+                    self.take_in(next);
+                }
+                Poll::Pending if self.gathered() == 0 => return Poll::Pending,
+                Poll::Pending if self.turn.get_or_insert_with(|| Turn::give(context)).is_over() => break,
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        self.turn = None;
+        self.may_pass = true;
+        Poll::Ready(())
+    }
+
+    /// Bytes of events that may pass.
+    fn gathered(&self) -> usize {
+        self.events.as_ref().map_or(0, WholeEvents::ready_bytes)
+    }
+
+    fn take_in(&mut self, next: Option<Result<Frame<Bytes>, RouterError>>) {
+        match (next, &mut self.events) {
+            (Some(Ok(frame)), Some(events)) => match frame.into_data() {
+                Ok(data) => {
+                    self.flight.events(&data);
+                    events.push(data);
+                }
+                Err(trailers) => {
+                    events.pass_rest();
+                    self.other = Some(trailers);
+                }
+            },
+            (Some(Ok(frame)), None) => self.other = Some(frame),
+            (Some(Err(error)), _) => self.state = State::Last(Some(error)),
+            (None, events) => {
+                self.state = State::Last(None);
+                if let Some(events) = events {
+                    events.pass_rest();
                 }
             }
         }

@@ -1,9 +1,10 @@
 //! Passes a stream on in whole events, so that a replica that dies in the middle of one does not leave half of it
-//! before the event that says so. Copies nothing.
+//! before the event that says so. Events that wait to pass become one piece: each piece is a call to the kernel, which
+//! costs more than the copy.
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 /// Most bytes of an unfinished event that are kept back; more pass as they come.
 const MAX_KEPT: usize = 256 * 1024;
@@ -15,6 +16,7 @@ pub struct WholeEvents {
     kept_bytes: usize,
     /// What may pass.
     ready: VecDeque<Bytes>,
+    ready_bytes: usize,
 }
 
 impl WholeEvents {
@@ -22,16 +24,14 @@ impl WholeEvents {
         match end_of_last_event(&bytes) {
             Some(end) => {
                 let rest = bytes.split_off(end);
-                self.ready.append(&mut self.kept);
-                self.ready.push_back(bytes);
-                self.kept_bytes = 0;
+                self.keep(bytes);
+                self.pass_rest();
                 self.keep(rest);
             }
             // The blank line may lie across two pieces.
             None if self.ends_event(&bytes) => {
-                self.ready.append(&mut self.kept);
-                self.ready.push_back(bytes);
-                self.kept_bytes = 0;
+                self.keep(bytes);
+                self.pass_rest();
             }
             None => self.keep(bytes),
         }
@@ -43,11 +43,23 @@ impl WholeEvents {
     /// The stream ended by itself: what is left passes too.
     pub fn pass_rest(&mut self) {
         self.ready.append(&mut self.kept);
-        self.kept_bytes = 0;
+        self.ready_bytes += std::mem::take(&mut self.kept_bytes);
     }
 
-    pub fn pop(&mut self) -> Option<Bytes> {
-        self.ready.pop_front()
+    /// Bytes that may pass.
+    pub fn ready_bytes(&self) -> usize {
+        self.ready_bytes
+    }
+
+    /// All that may pass.
+    pub fn take(&mut self) -> Option<Bytes> {
+        let bytes = std::mem::take(&mut self.ready_bytes);
+        if self.ready.len() <= 1 {
+            return self.ready.pop_front();
+        }
+        let mut all = BytesMut::with_capacity(bytes);
+        self.ready.drain(..).for_each(|piece| all.extend_from_slice(&piece));
+        Some(all.freeze())
     }
 
     fn keep(&mut self, bytes: Bytes) {
@@ -79,7 +91,10 @@ mod tests {
     use super::*;
 
     fn passed(events: &mut WholeEvents) -> Vec<u8> {
-        std::iter::from_fn(|| events.pop()).flatten().collect()
+        let bytes = events.ready_bytes();
+        let taken = events.take().unwrap_or_default();
+        assert_eq!((taken.len(), events.ready_bytes()), (bytes, 0));
+        taken.to_vec()
     }
 
     #[test]
