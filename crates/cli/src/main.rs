@@ -37,7 +37,7 @@ use clap::{CommandFactory, Parser};
 use crate::args::{Cli, Command};
 
 /// The C library's grows and shrinks the heap of each thread in small steps, one call to the kernel each; the router did
-/// that more than once for every request.
+/// that more often than it wrote to a socket.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -65,7 +65,12 @@ pub fn run(command: RouteCommand) -> Result<(), Error> {
     }
     let traces = options.traces.clone();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.worker_threads(threads).event_interval(EVENT_INTERVAL).enable_all().build().map_err(Error::Runtime)?;
+    let runtime = runtime
+        .worker_threads(threads)
+        .event_interval(EVENT_INTERVAL)
+        .enable_all()
+        .build()
+        .map_err(Error::Runtime)?;
     let outcome = runtime.block_on(route(options));
     traces.shut_down(LAST_SPANS);
     runtime.shutdown_background();

@@ -420,7 +420,7 @@ mod tests {
     #[test]
     fn what_cannot_work_is_named() {
         type Change = fn(&mut TypedRoute);
-        let cases: [(Change, &str); 23] = [
+        let cases: [(Change, &str); 25] = [
             (|typed| typed.replica = None, "no replica is named"),
             (|typed| typed.replica = Some(vec!["a".into()]), "--replica \"a\" is no address"),
             (|typed| typed.replicas_dns = Some(vec!["a:b".into()]), "is no NAME:PORT"),
