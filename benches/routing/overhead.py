@@ -117,7 +117,7 @@ def listening(command):
 
 def answers(url, seconds=60):
     """Waits until a completion passes."""
-    body = json.dumps({"model": "exact", "prompt": "one two", "max_tokens": 1, "stream": True}).encode()
+    body = json.dumps({"model": "instant", "prompt": "one two", "max_tokens": 1, "stream": True}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
     end = time.monotonic() + seconds
     while time.monotonic() < end:

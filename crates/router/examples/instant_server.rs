@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpSocket;
 
-const MODEL: &str = "exact";
+const MODEL: &str = "instant";
 const TOKEN: &str = " the";
 
 #[tokio::main(flavor = "current_thread")]

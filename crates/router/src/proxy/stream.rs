@@ -55,8 +55,7 @@ impl AnswerBody {
         let timer = Box::pin(tokio::time::sleep_until(end.min(last + timeouts.idle)));
         let events = is_events.then(WholeEvents::default);
         let cut = Box::pin(cut.cancelled_owned());
-        let passing = Passing {
-            first,
+        let mut passing = Passing {
             rest,
             events,
             timeouts,
@@ -70,6 +69,9 @@ impl AnswerBody {
             may_pass: false,
             turn: None,
         };
+        if let Some(first) = first {
+            passing.take_in(Some(Ok(first)));
+        }
         let passing = Arc::new(Mutex::new(Some(passing)));
         let place = unread.watch(passing.clone(), end);
         Self { passing, timeouts, _place: place }
@@ -102,7 +104,6 @@ impl Body for AnswerBody {
 
 /// An answer of which something may still come.
 pub struct Passing {
-    first: Option<Frame<Bytes>>,
     rest: Incoming,
     /// Of a stream of server-sent events.
     events: Option<WholeEvents>,
@@ -133,9 +134,6 @@ enum State {
 
 impl Passing {
     fn next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, RouterError>>> {
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(first)));
-        }
         match Pin::new(&mut self.rest).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.last = Instant::now();
