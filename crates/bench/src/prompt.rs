@@ -200,23 +200,27 @@ impl Writer {
 
     /// The token ids of a prompt, for an engine that is asked without text.
     pub fn ids(&self, segments: &[Segment]) -> Vec<u32> {
-        match &self.pool {
-            Pool::Ids(ids) => self.draws(segments).map(|at| ids[at]).collect(),
-            Pool::Words { .. } => Vec::new(),
+        let Pool::Ids(pool) = &self.pool else { return Vec::new() };
+        let count = segments.iter().map(|segment| segment.tokens as usize).sum();
+        let mut ids = Vec::with_capacity(count);
+        // One by one, since the length of each is known: the simulated fleet makes millions of prompts.
+        for segment in segments {
+            ids.extend(self.draws_of(segment).map(|at| pool[at]));
         }
+        ids
     }
 
     /// Indices into the pool.
     fn draws<'a>(&'a self, segments: &'a [Segment]) -> impl Iterator<Item = usize> + 'a {
+        segments.iter().flat_map(|segment| self.draws_of(segment))
+    }
+
+    fn draws_of(&self, segment: &Segment) -> impl Iterator<Item = usize> + use<> {
         let size = self.pool.len().max(1) as u64;
-        segments.iter().flat_map(move |segment| {
-            let stream = mix(self.key ^ mix(segment.stream));
-            (0..segment.tokens).map(move |at| {
-                let position = u64::from(segment.start) + u64::from(at);
-                // The high bits, scaled: a remainder would favour low indices.
-                ((u128::from(mix(stream.wrapping_add(position))) * u128::from(size)) >> 64) as usize
-            })
-        })
+        let stream = mix(self.key ^ mix(segment.stream)).wrapping_add(segment.start.into());
+        // The high bits, scaled: a remainder would favour low indices.
+        let index = move |random: u64| ((u128::from(random) * u128::from(size)) >> 64) as usize;
+        (0..segment.tokens).map(move |at| index(mix(stream.wrapping_add(at.into()))))
     }
 }
 

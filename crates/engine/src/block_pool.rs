@@ -9,10 +9,9 @@
 //!
 //! Every operation is O(1). The pool knows nothing of sequences or of the memory itself.
 
-#![allow(clippy::disallowed_types, reason = "the map has a fixed hasher and is never iterated")]
+use std::num::NonZeroU64;
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use hashbrown::HashTable;
 
 use crate::block_hash::{BlockHash, HashChain};
 use crate::kv_event::{KvEvent, StoredBlock};
@@ -29,7 +28,7 @@ pub struct BlockId(pub u32);
 pub enum Link {
     /// The empty prefix of all requests with this salt.
     Root { salt: u64 },
-    /// A published block. Numbers are never reused; hash and salt are those of its chain.
+    /// A published block. Numbers begin at 1 and are never reused; hash and salt are those of its chain.
     Block { number: u64, hash: BlockHash, salt: u64 },
 }
 
@@ -72,12 +71,30 @@ pub struct BlockCounts {
     pub cached: u32,
 }
 
-/// What is known about the content of a published block.
+/// What is known about the content of a published block. 64 bytes, a cache line: the pool of a large GPU has tens of
+/// thousands of blocks, and nearly every look at one is a miss.
 #[derive(Clone, Copy, Debug)]
 struct Content {
     hash: BlockHash,
-    parent: Link,
-    link: Link,
+    /// Of the block before it; of no meaning in a first block.
+    parent_hash: BlockHash,
+    number: NonZeroU64,
+    /// `None` in a first block.
+    parent: Option<NonZeroU64>,
+    salt: u64,
+}
+
+impl Content {
+    fn link(&self) -> Link {
+        Link::Block { number: self.number.get(), hash: self.hash, salt: self.salt }
+    }
+
+    fn parent(&self) -> Link {
+        match self.parent {
+            None => Link::Root { salt: self.salt },
+            Some(number) => Link::Block { number: number.get(), hash: self.parent_hash, salt: self.salt },
+        }
+    }
 }
 
 const NONE: u32 = u32::MAX;
@@ -88,27 +105,6 @@ struct Block {
     /// Neighbours in the LRU list; `NONE` at its ends and outside of it.
     older: u32,
     newer: u32,
-    content: Option<Content>,
-}
-
-/// The keys are hashes already.
-#[derive(Clone, Copy, Debug, Default)]
-struct KeyIsHash(u64);
-
-impl Hasher for KeyIsHash {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u128(&mut self, key: u128) {
-        self.0 = key as u64;
-    }
 }
 
 /// All blocks of one engine.
@@ -116,6 +112,8 @@ impl Hasher for KeyIsHash {
 pub struct BlockPool {
     block_size: usize,
     blocks: Vec<Block>,
+    /// Of each block, as long as it is published.
+    contents: Vec<Option<Content>>,
     /// Tokens of published blocks, to compare on a hit. `[blocks, block_size]`
     tokens: Vec<TokenId>,
     /// Free blocks; the last one is handed out next.
@@ -124,8 +122,9 @@ pub struct BlockPool {
     oldest: u32,
     newest: u32,
     cached: u32,
-    published: HashMap<BlockHash, BlockId, BuildHasherDefault<KeyIsHash>>,
-    next_link: u64,
+    /// Published blocks by the hash of their content. Never grows: it has room for all blocks.
+    published: HashTable<BlockId>,
+    next_number: NonZeroU64,
     releases: u64,
     /// What changed since somebody took the changes; `None` while nobody listens.
     changes: Option<Vec<KvEvent>>,
@@ -134,17 +133,18 @@ pub struct BlockPool {
 impl BlockPool {
     /// A pool of `num_blocks` free blocks of `block_size` tokens.
     pub fn new(num_blocks: u32, block_size: usize) -> Self {
-        let block = Block { references: 0, older: NONE, newer: NONE, content: None };
+        let block = Block { references: 0, older: NONE, newer: NONE };
         Self {
             block_size,
             blocks: vec![block; num_blocks as usize],
+            contents: vec![None; num_blocks as usize],
             tokens: vec![0; num_blocks as usize * block_size],
             free: (0..num_blocks).rev().map(BlockId).collect(),
             oldest: NONE,
             newest: NONE,
             cached: 0,
-            published: HashMap::default(),
-            next_link: 0,
+            published: HashTable::with_capacity(num_blocks as usize),
+            next_number: NonZeroU64::MIN,
             releases: 0,
             changes: None,
         }
@@ -173,7 +173,7 @@ impl BlockPool {
 
     /// Whether the block's content can be found by its hash.
     pub fn is_published(&self, block: BlockId) -> bool {
-        self.block(block).content.is_some()
+        self.content(block).is_some()
     }
 
     /// Hands out a block with undefined content and one reference, or `None` if all are held. Free
@@ -206,9 +206,9 @@ impl BlockPool {
             return;
         }
         self.releases += 1;
-        match self.block(block).content {
-            Some(_) => self.link_as_newest(block),
-            None => self.free.push(block),
+        match self.is_published(block) {
+            true => self.link_as_newest(block),
+            false => self.free.push(block),
         }
     }
 
@@ -225,34 +225,50 @@ impl BlockPool {
     /// found. A block of another prefix under the same hash gives way.
     pub fn publish(&mut self, block: BlockId, hash: BlockHash, parent: Link, tokens: &[TokenId]) -> Link {
         debug_assert!(self.block(block).references > 0 && tokens.len() == self.block_size);
-        if let Some(content) = self.block(block).content {
-            return content.link;
+        if let Some(content) = self.content(block) {
+            return content.link();
         }
-        if let Some((_, link)) = self.lookup(hash, parent, tokens) {
-            return link;
-        }
-        if let Some(&other) = self.published.get(&hash) {
+        if let Some(other) = self.find(hash) {
+            if let Some(link) = self.link_if_equal(other, parent, tokens) {
+                return link;
+            }
             self.forget(other);
         }
-        let link = Link::Block { number: self.next_link, hash, salt: parent.salt() };
-        self.next_link += 1;
-        let content = Content { hash, parent, link };
-        self.block_mut(block).content = Some(content);
+        let content = Content {
+            hash,
+            parent_hash: parent.hash().unwrap_or(BlockHash(0)),
+            number: self.next_number,
+            parent: parent.number().and_then(NonZeroU64::new),
+            salt: parent.salt(),
+        };
+        self.next_number = self.next_number.saturating_add(1);
+        self.contents[block.0 as usize] = Some(content);
         self.tokens_mut(block).copy_from_slice(tokens);
-        self.published.insert(hash, block);
+        let contents = &self.contents;
+        let hash_of = |block: &BlockId| contents[block.0 as usize].map_or(0, |content| short(content.hash));
+        self.published.insert_unique(short(hash), block, hash_of);
         if self.changes.is_some() {
             let stored = self.stored(block, content);
             self.note(KvEvent::Stored(stored));
         }
-        link
+        content.link()
     }
 
     /// Finds the block with exactly this content: same hash, same prefix before it, same tokens.
     pub fn lookup(&self, hash: BlockHash, parent: Link, tokens: &[TokenId]) -> Option<(BlockId, Link)> {
-        let block = *self.published.get(&hash)?;
-        let content = self.block(block).content?;
-        let equal = content.parent == parent && self.tokens_of(block) == tokens;
-        equal.then_some((block, content.link))
+        let block = self.find(hash)?;
+        Some((block, self.link_if_equal(block, parent, tokens)?))
+    }
+
+    /// The block under this hash, whatever stands before it.
+    fn find(&self, hash: BlockHash) -> Option<BlockId> {
+        let is_it = |block: &BlockId| self.content(*block).is_some_and(|content| content.hash == hash);
+        self.published.find(short(hash), is_it).copied()
+    }
+
+    fn link_if_equal(&self, block: BlockId, parent: Link, tokens: &[TokenId]) -> Option<Link> {
+        let content = self.content(block)?;
+        (content.parent() == parent && self.tokens_of(block) == tokens).then(|| content.link())
     }
 
     /// Finds the longest published prefix of `tokens`, `limit` blocks at most. Nothing is held yet.
@@ -297,17 +313,18 @@ impl BlockPool {
     /// Everything that can be found, in the order in which it was published: a block stands behind the one before it
     /// in its chain, if that is there. O(blocks).
     pub fn stored_blocks(&self) -> Vec<StoredBlock> {
-        let with_content = |(index, block): (usize, &Block)| Some((BlockId(index as u32), block.content?));
-        let mut blocks: Vec<_> = self.blocks.iter().enumerate().filter_map(with_content).collect();
-        blocks.sort_unstable_by_key(|(_, content)| content.link.number());
+        let published =
+            |(index, content): (usize, &Option<Content>)| Some((BlockId(index as u32), (*content)?));
+        let mut blocks: Vec<_> = self.contents.iter().enumerate().filter_map(published).collect();
+        blocks.sort_unstable_by_key(|(_, content)| content.number);
         blocks.into_iter().map(|(block, content)| self.stored(block, content)).collect()
     }
 
     fn stored(&self, block: BlockId, content: Content) -> StoredBlock {
         StoredBlock {
             hash: content.hash,
-            parent: content.parent.hash(),
-            salt: content.parent.salt(),
+            parent: content.parent().hash(),
+            salt: content.salt,
             tokens: self.tokens_of(block).into(),
         }
     }
@@ -325,23 +342,30 @@ impl BlockPool {
     }
 
     fn forget(&mut self, block: BlockId) {
-        let Some(content) = self.block_mut(block).content.take() else { return };
-        self.published.remove(&content.hash);
+        let Some(hash) = self.take_content(block) else { return };
         if self.block(block).references == 0 {
             self.unlink(block);
             self.free.push(block);
         }
-        self.note(KvEvent::Removed(content.hash));
+        self.note(KvEvent::Removed(hash));
     }
 
     fn evict_oldest(&mut self) -> Option<BlockId> {
         let block = (self.oldest != NONE).then_some(BlockId(self.oldest))?;
         self.unlink(block);
-        if let Some(content) = self.block_mut(block).content.take() {
-            self.published.remove(&content.hash);
-            self.note(KvEvent::Removed(content.hash));
+        if let Some(hash) = self.take_content(block) {
+            self.note(KvEvent::Removed(hash));
         }
         Some(block)
+    }
+
+    /// The block is found no more. Returns the hash under which it was.
+    fn take_content(&mut self, block: BlockId) -> Option<BlockHash> {
+        let Content { hash, .. } = self.contents[block.0 as usize].take()?;
+        if let Ok(entry) = self.published.find_entry(short(hash), |other| *other == block) {
+            entry.remove();
+        }
+        Some(hash)
     }
 
     fn link_as_newest(&mut self, block: BlockId) {
@@ -374,6 +398,10 @@ impl BlockPool {
 
     fn block(&self, block: BlockId) -> &Block {
         &self.blocks[block.0 as usize]
+    }
+
+    fn content(&self, block: BlockId) -> Option<&Content> {
+        self.contents[block.0 as usize].as_ref()
     }
 
     fn block_mut(&mut self, block: BlockId) -> &mut Block {
@@ -418,7 +446,7 @@ impl BlockPool {
         let (mut at, mut before, mut count) = (self.oldest, NONE, 0);
         while at != NONE && count <= self.cached {
             let block = self.block(BlockId(at));
-            if block.older != before || block.content.is_none() {
+            if block.older != before || !self.is_published(BlockId(at)) {
                 return Err(format!("block {at} is badly linked in the LRU or unpublished"));
             }
             seen[at as usize] += 1;
@@ -433,10 +461,10 @@ impl BlockPool {
 
     fn check_published(&self) -> Result<(), String> {
         let mut count = 0;
-        for (index, block) in self.blocks.iter().enumerate() {
-            let Some(content) = block.content else { continue };
+        for (index, content) in self.contents.iter().enumerate() {
+            let Some(content) = content else { continue };
             count += 1;
-            if self.published.get(&content.hash) != Some(&BlockId(index as u32)) {
+            if self.find(content.hash) != Some(BlockId(index as u32)) {
                 return Err(format!("block {index} cannot be found under its hash"));
             }
         }
@@ -445,4 +473,9 @@ impl BlockPool {
             len => Err(format!("{len} hashes are published and {count} blocks have content")),
         }
     }
+}
+
+/// What the table of published blocks goes by: hashes are spread already.
+fn short(hash: BlockHash) -> u64 {
+    hash.0 as u64
 }

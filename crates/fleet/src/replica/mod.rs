@@ -56,7 +56,8 @@ impl Ask {
         output_tokens: u32,
         block_size: u32,
     ) -> Self {
-        let mut tokens = prompt.to_vec();
+        let mut tokens = Vec::with_capacity(prompt.len() + output_tokens as usize);
+        tokens.extend_from_slice(&prompt);
         tokens.extend((0..output_tokens).map(|at| answer_token(answer_key, at)));
         let chain = hash_blocks(&tokens, block_size as usize, 0).into();
         Self { number, answer_key, prompt, output_tokens, chain }

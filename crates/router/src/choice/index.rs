@@ -11,21 +11,31 @@
 //! Invariant: the index takes all its memory when it is made and never more. When it is full, the replica with the
 //! most blocks gives up its oldest. Invariant: a replica that was removed has left nothing behind.
 
+use bytemuck::{Pod, Zeroable};
 use servelab_engine::BlockHash;
 
+use super::pages::Pages;
 use super::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
 use super::table::Table;
 
 const NONE: u32 = u32::MAX;
+const SET_WORDS: usize = MAX_REPLICAS / 64;
 
 /// One replica holds one block; a node of the replica's LRU list.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
 struct Held {
     block: u64,
     older: u32,
     /// In a free node, the next free one.
     newer: u32,
-    replica: ReplicaId,
+    replica: u64,
+}
+
+impl Held {
+    fn replica(&self) -> ReplicaId {
+        ReplicaId(self.replica as u8)
+    }
 }
 
 /// The list of one replica's blocks.
@@ -63,10 +73,12 @@ impl Matches {
 #[derive(Debug)]
 pub struct PrefixIndex {
     /// Who holds a block.
-    holders: Table<[u64; MAX_REPLICAS / 64]>,
+    holders: Table<SET_WORDS>,
     /// Where the node of a block and a replica is.
-    places: Table<u32>,
-    nodes: Vec<Held>,
+    places: Table<1>,
+    nodes: Pages<Held>,
+    /// Nodes that have been used, from the beginning.
+    used: usize,
     free: u32,
     replicas: Box<[Option<Blocks>; MAX_REPLICAS]>,
     present: ReplicaSet,
@@ -85,7 +97,8 @@ impl PrefixIndex {
         Self {
             holders: Table::new(capacity),
             places: Table::new(capacity),
-            nodes: Vec::with_capacity(capacity),
+            nodes: Pages::new(capacity),
+            used: 0,
             free: NONE,
             replicas: Box::new([None; MAX_REPLICAS]),
             present: ReplicaSet::EMPTY,
@@ -94,8 +107,8 @@ impl PrefixIndex {
     }
 
     fn bytes_for(capacity: usize) -> usize {
-        Table::<[u64; MAX_REPLICAS / 64]>::bytes(capacity)
-            + Table::<u32>::bytes(capacity)
+        Table::<SET_WORDS>::bytes(capacity)
+            + Table::<1>::bytes(capacity)
             + capacity * size_of::<Held>()
             + MAX_REPLICAS * size_of::<Option<Blocks>>()
     }
@@ -126,7 +139,7 @@ impl PrefixIndex {
 
     /// Whether the replica is known to hold the block, whatever stands before it.
     pub fn holds(&self, replica: ReplicaId, block: BlockHash) -> bool {
-        self.places.get(place(name(block), replica)).is_some()
+        self.node(name(block), replica).is_some()
     }
 
     /// Takes a replica in, or changes its limit: the most blocks that it can hold, which is the size of its cache.
@@ -165,7 +178,7 @@ impl PrefixIndex {
         if self.list(replica).is_none_or(|list| list.limit == 0) {
             return;
         }
-        if let Some(&node) = self.places.get(place(block, replica)) {
+        if let Some(node) = self.node(block, replica) {
             self.unlink(node);
             self.link_as_newest(node);
             return;
@@ -182,7 +195,7 @@ impl PrefixIndex {
 
     /// The replica holds this block no more.
     pub fn forget(&mut self, replica: ReplicaId, block: BlockHash) {
-        if let Some(&node) = self.places.get(place(name(block), replica)) {
+        if let Some(node) = self.node(name(block), replica) {
             self.drop_node(node);
         }
     }
@@ -208,6 +221,10 @@ impl PrefixIndex {
         for whole in following.iter() {
             matches.set(whole, chain.len() as u32);
         }
+    }
+
+    fn node(&self, block: u64, replica: ReplicaId) -> Option<u32> {
+        self.places.get(place(block, replica)).map(|[node]| *node as u32)
     }
 
     fn list(&self, replica: ReplicaId) -> Option<&Blocks> {
@@ -237,44 +254,46 @@ impl PrefixIndex {
 
     /// Notes a block that the replica did not hold. There is room.
     fn hold(&mut self, replica: ReplicaId, block: u64) {
-        let held = Held { block, older: NONE, newer: NONE, replica };
         let node = match self.free {
             NONE => {
-                self.nodes.push(held);
-                (self.nodes.len() - 1) as u32
+                self.used += 1;
+                (self.used - 1) as u32
             }
             free => {
                 self.free = self.nodes[free as usize].newer;
-                self.nodes[free as usize] = held;
                 free
             }
         };
-        let mut holders = ReplicaSet(self.holders.get(block).copied().unwrap_or_default());
-        holders.insert(replica);
+        self.nodes[node as usize] = Held { block, older: NONE, newer: NONE, replica: replica.0.into() };
         // There are no more blocks than pairs of a block and a replica, and room for one of these.
-        let fits = self.holders.insert(block, holders.0) && self.places.insert(place(block, replica), node);
-        debug_assert!(fits, "the tables are as large as the list of nodes");
+        if let (Some(holders), Some(at)) =
+            (self.holders.entry(block), self.places.entry(place(block, replica)))
+        {
+            let mut all = ReplicaSet(*holders);
+            all.insert(replica);
+            *holders = all.0;
+            *at = [node.into()];
+        }
         self.link_as_newest(node);
     }
 
     fn drop_node(&mut self, node: u32) {
         self.unlink(node);
-        let Held { block, replica, .. } = self.nodes[node as usize];
-        self.places.remove(place(block, replica));
-        if let Some(words) = self.holders.get_mut(block) {
+        let held = self.nodes[node as usize];
+        let (block, replica) = (held.block, held.replica());
+        self.places.remove_if(place(block, replica), |_| true);
+        self.holders.remove_if(block, |words| {
             let mut holders = ReplicaSet(*words);
             holders.remove(replica);
             *words = holders.0;
-            if holders.is_empty() {
-                self.holders.remove(block);
-            }
-        }
+            holders.is_empty()
+        });
         self.nodes[node as usize].newer = self.free;
         self.free = node;
     }
 
     fn link_as_newest(&mut self, node: u32) {
-        let replica = self.nodes[node as usize].replica;
+        let replica = self.nodes[node as usize].replica();
         let Some(list) = self.list_mut(replica) else { return };
         let before = list.newest;
         list.newest = node;
@@ -289,14 +308,15 @@ impl PrefixIndex {
     }
 
     fn unlink(&mut self, node: u32) {
-        let Held { older, newer, replica, .. } = self.nodes[node as usize];
+        let held = self.nodes[node as usize];
+        let Held { older, newer, .. } = held;
         if older != NONE {
             self.nodes[older as usize].newer = newer;
         }
         if newer != NONE {
             self.nodes[newer as usize].older = older;
         }
-        let Some(list) = self.list_mut(replica) else { return };
+        let Some(list) = self.list_mut(held.replica()) else { return };
         list.len -= 1;
         if older == NONE {
             list.oldest = newer;
@@ -317,9 +337,9 @@ impl PrefixIndex {
             let (mut at, mut before, mut len) = (list.oldest, NONE, 0);
             while at != NONE {
                 let held = self.nodes[at as usize];
-                let known = self.places.get(place(held.block, replica)) == Some(&at)
+                let known = self.node(held.block, replica) == Some(at)
                     && self.holders.get(held.block).is_some_and(|words| ReplicaSet(*words).contains(replica));
-                if held.replica != replica || held.older != before || !known {
+                if held.replica() != replica || held.older != before || !known {
                     return Err(format!("node {at} of {replica:?} is badly linked or cannot be found"));
                 }
                 (before, at, len) = (at, held.newer, len + 1);
@@ -329,7 +349,7 @@ impl PrefixIndex {
             }
             pairs += len as usize;
         }
-        if pairs != self.places.len() || self.holders.len() > pairs || self.nodes.capacity() > self.capacity {
+        if pairs != self.places.len() || self.holders.len() > pairs || self.used > self.capacity {
             let (places, holders) = (self.places.len(), self.holders.len());
             return Err(format!("{pairs} pairs in the lists, {places} in the table, {holders} blocks"));
         }

@@ -9,6 +9,7 @@ pub mod fleet;
 pub mod index;
 pub mod latency;
 pub mod load;
+mod pages;
 pub mod picker;
 pub mod policy;
 pub mod rates;

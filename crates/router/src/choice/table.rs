@@ -5,6 +5,8 @@
 //! linear probing; a removal closes the gap that it leaves (Knuth, The Art of Computer Programming, volume 3,
 //! section 6.4, algorithm R), so that churn leaves no tombstones behind.
 
+use super::pages::Pages;
+
 /// The key of a free slot.
 const FREE: u64 = 0;
 
@@ -12,26 +14,28 @@ const FREE: u64 = 0;
 /// one or two cache lines.
 const SLOTS: (usize, usize) = (4, 3);
 
-/// Maps up to a fixed number of keys to values. Keys must be spread evenly over all 64 bits, as hashes are.
+/// Maps up to a fixed number of keys to values of `N` words. Keys must be spread evenly over all 64 bits, as hashes are.
 #[derive(Debug)]
-pub struct Table<V> {
-    keys: Box<[u64]>,
-    values: Box<[V]>,
+pub struct Table<const N: usize> {
+    /// The key of each slot and behind it its value, so that one look at memory brings both. `[slots, 1 + N]`
+    words: Pages<u64>,
+    slots: usize,
     len: usize,
     capacity: usize,
 }
 
-impl<V: Copy + Default> Table<V> {
+impl<const N: usize> Table<N> {
+    const STRIDE: usize = 1 + N;
+
     /// Takes the memory for `capacity` entries. The system hands it out as it is first written to.
     pub fn new(capacity: usize) -> Self {
         let slots = Self::slots(capacity);
-        let (keys, values) = (vec![FREE; slots].into(), vec![V::default(); slots].into());
-        Self { keys, values, len: 0, capacity }
+        Self { words: Pages::new(slots * Self::STRIDE), slots, len: 0, capacity }
     }
 
     /// Bytes that a table of this capacity takes.
     pub fn bytes(capacity: usize) -> usize {
-        Self::slots(capacity) * (size_of::<u64>() + size_of::<V>())
+        Self::slots(capacity) * Self::STRIDE * size_of::<u64>()
     }
 
     fn slots(capacity: usize) -> usize {
@@ -47,56 +51,69 @@ impl<V: Copy + Default> Table<V> {
         self.len == self.capacity
     }
 
-    pub fn get(&self, key: u64) -> Option<&V> {
-        self.find(key).ok().map(|at| &self.values[at])
+    pub fn get(&self, key: u64) -> Option<&[u64; N]> {
+        let at = self.find(key).ok()?;
+        self.words[at * Self::STRIDE + 1..].first_chunk()
     }
 
-    pub fn get_mut(&mut self, key: u64) -> Option<&mut V> {
-        self.find(key).ok().map(|at| &mut self.values[at])
-    }
-
-    /// Sets the value of a key. False, and nothing changed, if the key is new and the table full.
-    #[must_use]
-    pub fn insert(&mut self, key: u64, value: V) -> bool {
+    /// The value of a key, zero at first. `None`, and nothing changed, if the key is new and the table full.
+    pub fn entry(&mut self, key: u64) -> Option<&mut [u64; N]> {
         let at = match self.find(key) {
             Ok(at) => at,
-            Err(_) if self.is_full() => return false,
+            Err(_) if self.is_full() => return None,
             Err(at) => {
                 self.len += 1;
+                let slot = &mut self.words[at * Self::STRIDE..][..Self::STRIDE];
+                slot.fill(0);
+                slot[0] = some(key);
                 at
             }
         };
-        self.keys[at] = some(key);
-        self.values[at] = value;
-        true
+        self.value_mut(at)
     }
 
-    pub fn remove(&mut self, key: u64) -> Option<V> {
-        let found = self.find(key).ok()?;
-        let value = self.values[found];
-        self.len -= 1;
-        let (mut gap, mut at) = (found, self.next(found));
-        while self.keys[at] != FREE {
+    /// Takes a key out, if `is_over` says so of its value. Returns whether it did.
+    pub fn remove_if(&mut self, key: u64, is_over: impl FnOnce(&mut [u64; N]) -> bool) -> bool {
+        let Ok(at) = self.find(key) else { return false };
+        let is_removed = self.value_mut(at).is_some_and(is_over);
+        if is_removed {
+            self.len -= 1;
+            self.close_gap(at);
+        }
+        is_removed
+    }
+
+    fn close_gap(&mut self, mut gap: usize) {
+        let mut at = self.next(gap);
+        while self.key(at) != FREE {
             // An entry may move into the gap if its search passes there: the gap lies, going round, at or after
             // its home and before where it is.
-            let home = self.home(self.keys[at]);
+            let home = self.home(self.key(at));
             if self.distance(home, at) >= self.distance(gap, at) {
-                self.keys[gap] = self.keys[at];
-                self.values[gap] = self.values[at];
+                let from = at * Self::STRIDE;
+                self.words.copy_within(from..from + Self::STRIDE, gap * Self::STRIDE);
                 gap = at;
             }
             at = self.next(at);
         }
-        self.keys[gap] = FREE;
-        Some(value)
+        self.words[gap * Self::STRIDE] = FREE;
+    }
+
+    fn key(&self, slot: usize) -> u64 {
+        self.words[slot * Self::STRIDE]
+    }
+
+    fn value_mut(&mut self, slot: usize) -> Option<&mut [u64; N]> {
+        self.words[slot * Self::STRIDE + 1..].first_chunk_mut()
     }
 
     /// Where the key is, or else where it would go.
     fn find(&self, key: u64) -> Result<usize, usize> {
         let key = some(key);
+        let words: &[u64] = &self.words;
         let mut at = self.home(key);
         loop {
-            match self.keys[at] {
+            match words[at * Self::STRIDE] {
                 found if found == key => return Ok(at),
                 FREE => return Err(at),
                 _ => at = self.next(at),
@@ -106,16 +123,16 @@ impl<V: Copy + Default> Table<V> {
 
     /// The first slot of a key's search: its top bits, scaled (Lemire 2016, "A fast alternative to the modulo").
     fn home(&self, key: u64) -> usize {
-        ((u128::from(key) * self.keys.len() as u128) >> 64) as usize
+        ((u128::from(key) * self.slots as u128) >> 64) as usize
     }
 
     fn next(&self, at: usize) -> usize {
-        if at + 1 == self.keys.len() { 0 } else { at + 1 }
+        if at + 1 == self.slots { 0 } else { at + 1 }
     }
 
     /// Steps from one slot to another, going round.
     fn distance(&self, from: usize, to: usize) -> usize {
-        if to >= from { to - from } else { to + self.keys.len() - from }
+        if to >= from { to - from } else { to + self.slots - from }
     }
 }
 
@@ -134,7 +151,7 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Operation {
-        Insert(u64, u32),
+        Insert(u64, u64),
         Remove(u64),
     }
 
@@ -146,7 +163,7 @@ mod tests {
 
     fn operation() -> impl Strategy<Value = Operation> {
         prop_oneof![
-            3 => (key(), any::<u32>()).prop_map(|(key, value)| Operation::Insert(key, value)),
+            3 => (key(), any::<u64>()).prop_map(|(key, value)| Operation::Insert(key, value)),
             2 => key().prop_map(Operation::Remove),
         ]
     }
@@ -157,17 +174,23 @@ mod tests {
             capacity in 1_usize..40,
             operations in prop::collection::vec(operation(), 0..400),
         ) {
-            let (mut table, mut map) = (Table::new(capacity), HashMap::new());
+            let (mut table, mut map) = (Table::<1>::new(capacity), HashMap::new());
             for operation in operations {
                 match operation {
                     Operation::Insert(key, value) => {
                         let fits = map.contains_key(&key) || map.len() < capacity;
-                        prop_assert_eq!(table.insert(key, value), fits);
-                        if fits {
-                            map.insert(key, value);
+                        let entry = table.entry(key);
+                        prop_assert_eq!(entry.as_deref(), fits.then(|| map.get(&key).unwrap_or(&[0])));
+                        if let Some(entry) = entry {
+                            *entry = [value];
+                            map.insert(key, [value]);
                         }
                     }
-                    Operation::Remove(key) => prop_assert_eq!(table.remove(key), map.remove(&key)),
+                    Operation::Remove(key) => {
+                        prop_assert!(!table.remove_if(key, |_| false));
+                        let held = map.remove(&key);
+                        prop_assert_eq!(table.remove_if(key, |value| Some(*value) == held), held.is_some());
+                    }
                 }
                 prop_assert_eq!(table.len(), map.len());
                 for key in map.keys() {
@@ -179,8 +202,8 @@ mod tests {
 
     #[test]
     fn a_table_of_nothing_takes_nothing() {
-        let mut table = Table::<u32>::new(0);
-        assert!(!table.insert(7, 1));
-        assert_eq!((table.get(7).copied(), table.remove(7)), (None, None));
+        let mut table = Table::<1>::new(0);
+        assert_eq!((table.entry(7), table.remove_if(7, |_| true)), (None, false));
+        assert_eq!(table.get(7), None);
     }
 }
