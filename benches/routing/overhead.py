@@ -8,14 +8,16 @@ Two backends with nothing to do (crates/router/examples/instant_server.rs: an an
 in the machine's load meets all of them. For each target and round:
 
 - closed loop, CLIENTS clients, answers of one token: requests a second, and the proxy's processor time of each
-- open loop at half the rate that the router carried before (median of three): time to the first token, p50 and p99; what a
+- open loop at half the rate that the router carried before (median of five): time to the first token, p50 and p99; what a
   proxy adds is its figure less that of the same round without a proxy. A peer that cannot carry that rate fails requests,
-  which the table counts, and its times are those of the rest
+  which the table counts, and its times are those of the rest. Many short rounds rather than few long ones: on a machine
+  that others use as well a stall of some milliseconds decides the p99 of the load that it falls into, so most are to be
+  without one
 - closed loop, streams of TOKENS tokens: the proxy's processor time of a token
 
 `--sglang-router` is the launcher of the PyPI package sglang-router (`smg launch`), nginx Debian's nginx-light; one that
 is not there is left out, and the table says so. OUT_FOLDER (default benches/results/router/overhead) gets
-overhead.json and overhead.md. Ends by itself, in about five minutes by default.
+overhead.json and overhead.md. Ends by itself, in about seven minutes by default.
 """
 
 import argparse
@@ -63,8 +65,8 @@ def parse():
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "benches/results/router/overhead")
     parser.add_argument("--sglang-router", default="smg launch", metavar="CMD")
     parser.add_argument("--nginx", default="nginx", metavar="CMD")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5, help="of each load")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=2, help="of each load")
     parser.add_argument("--debug", action="store_true", help="take the debug build, to try this program itself")
     return parser.parse_args()
 
@@ -219,7 +221,7 @@ def measure(options, scratch):
         # pace changes by half from one moment to the next.
         closed = ["--concurrency", CLIENTS]
         process, url = targets["servelab route"]
-        carried = [load(options, url, process, scratch, 1, closed)["requests_per_second"] for _ in range(3)]
+        carried = [load(options, url, process, scratch, 1, closed)["requests_per_second"] for _ in range(5)]
         rate = statistics.median(carried) / 2
         rounds = []
         for number in range(options.rounds):

@@ -187,6 +187,25 @@ impl BlockPool {
         Some(block)
     }
 
+    /// Hands out `count` blocks as [`BlockPool::allocate`] does, behind those in `blocks`; fewer only if all are held.
+    pub fn allocate_into(&mut self, blocks: &mut Vec<BlockId>, count: usize) {
+        self.bring_near(count.saturating_sub(self.free.len()));
+        blocks.extend((0..count).map_while(|_| self.allocate()));
+    }
+
+    /// Looks at the blocks that are evicted next and where they are found. These looks do not wait for each other, as
+    /// evictions do: in a pool that is larger than the caches each of them would wait for memory three times.
+    fn bring_near(&self, count: usize) {
+        let block = |at: u32| (at != NONE).then_some(BlockId(at));
+        let oldest = std::iter::successors(block(self.oldest), |at| block(self.block(*at).newer));
+        let is_found = |at: &BlockId, content: &Content| {
+            self.published.find(short(content.hash), |other| other == at).is_some()
+        };
+        let found =
+            oldest.take(count).filter(|at| self.content(*at).is_some_and(|content| is_found(at, content)));
+        std::hint::black_box(found.count());
+    }
+
     /// Adds a reference to a held or cached block; its content stays until the last reference is
     /// given back and the block is evicted.
     pub fn retain(&mut self, block: BlockId) {

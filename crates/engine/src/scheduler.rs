@@ -353,10 +353,10 @@ impl Scheduler {
             true => Publication::Upto { blocks: blocks.len(), link },
             false => Publication::Off,
         };
+        let needed = blocks.len() + fresh;
         sequence.blocks = blocks;
-        for _ in 0..fresh {
-            sequence.blocks.push(self.pool.allocate().expect("the room was counted above"));
-        }
+        self.pool.allocate_into(&mut sequence.blocks, fresh);
+        assert_eq!(sequence.blocks.len(), needed, "the room was counted above");
         if reads_cache && !sequence.preempted {
             self.counters.prefix_query_tokens += sequence.prompt_len() as u64;
             self.counters.prefix_hit_tokens += sequence.cached as u64;

@@ -392,7 +392,7 @@ impl Fast {
         sequence.computed = sequence.cached;
         (sequence.published, sequence.link) = (blocks.len(), link);
         sequence.blocks = blocks;
-        sequence.blocks.extend((0..fresh).filter_map(|_| self.pool.allocate()));
+        self.pool.allocate_into(&mut sequence.blocks, fresh);
         true
     }
 

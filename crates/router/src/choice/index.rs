@@ -11,10 +11,8 @@
 //! Invariant: the index takes all its memory when it is made and never more. When it is full, the replica with the
 //! most blocks gives up its oldest. Invariant: a replica that was removed has left nothing behind.
 
-use bytemuck::{Pod, Zeroable};
 use servelab_engine::BlockHash;
 
-use super::pages::Pages;
 use super::replica_set::{MAX_REPLICAS, ReplicaId, ReplicaSet};
 use super::table::Table;
 
@@ -22,20 +20,13 @@ const NONE: u32 = u32::MAX;
 const SET_WORDS: usize = MAX_REPLICAS / 64;
 
 /// One replica holds one block; a node of the replica's LRU list.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[derive(Clone, Copy, Debug)]
 struct Held {
     block: u64,
     older: u32,
     /// In a free node, the next free one.
     newer: u32,
-    replica: u64,
-}
-
-impl Held {
-    fn replica(&self) -> ReplicaId {
-        ReplicaId(self.replica as u8)
-    }
+    replica: ReplicaId,
 }
 
 /// The list of one replica's blocks.
@@ -76,9 +67,7 @@ pub struct PrefixIndex {
     holders: Table<SET_WORDS>,
     /// Where the node of a block and a replica is.
     places: Table<1>,
-    nodes: Pages<Held>,
-    /// Nodes that have been used, from the beginning.
-    used: usize,
+    nodes: Vec<Held>,
     free: u32,
     replicas: Box<[Option<Blocks>; MAX_REPLICAS]>,
     present: ReplicaSet,
@@ -97,8 +86,7 @@ impl PrefixIndex {
         Self {
             holders: Table::new(capacity),
             places: Table::new(capacity),
-            nodes: Pages::new(capacity),
-            used: 0,
+            nodes: Vec::with_capacity(capacity),
             free: NONE,
             replicas: Box::new([None; MAX_REPLICAS]),
             present: ReplicaSet::EMPTY,
@@ -167,9 +155,25 @@ impl PrefixIndex {
     /// The replica computes, or has computed, a prompt: it holds these blocks now, the first as the newest, since
     /// the engine evicts a chain from its tail.
     pub fn touch(&mut self, replica: ReplicaId, chain: &[BlockHash]) {
-        for block in chain.iter().rev() {
-            self.store(replica, *block);
+        /// Few enough to be near still when they are stored.
+        const AT_ONCE: usize = 256;
+        for blocks in chain.rchunks(AT_ONCE) {
+            self.bring_near(replica, blocks);
+            blocks.iter().rev().for_each(|block| self.store(replica, *block));
         }
+    }
+
+    /// Looks at where these blocks will be, and those that have to go for them: see [`Table::bring_near`].
+    fn bring_near(&self, replica: ReplicaId, blocks: &[BlockHash]) {
+        let Some(list) = self.list(replica) else { return };
+        let over = (list.len as usize + blocks.len()).saturating_sub(list.limit as usize);
+        let node = |at: u32| (at != NONE).then(|| self.nodes[at as usize]);
+        let oldest = std::iter::successors(node(list.oldest), |held| node(held.newer));
+        let go = oldest.take(over.min(blocks.len())).map(|held| held.block);
+        let come = blocks.iter().map(|block| name(*block));
+        let both: Vec<u64> = come.chain(go).collect();
+        self.holders.bring_near(both.iter().copied());
+        self.places.bring_near(both.iter().map(|block| place(*block, replica)));
     }
 
     /// The replica holds this block now, as its newest.
@@ -254,17 +258,18 @@ impl PrefixIndex {
 
     /// Notes a block that the replica did not hold. There is room.
     fn hold(&mut self, replica: ReplicaId, block: u64) {
+        let held = Held { block, older: NONE, newer: NONE, replica };
         let node = match self.free {
             NONE => {
-                self.used += 1;
-                (self.used - 1) as u32
+                self.nodes.push(held);
+                (self.nodes.len() - 1) as u32
             }
             free => {
                 self.free = self.nodes[free as usize].newer;
+                self.nodes[free as usize] = held;
                 free
             }
         };
-        self.nodes[node as usize] = Held { block, older: NONE, newer: NONE, replica: replica.0.into() };
         // There are no more blocks than pairs of a block and a replica, and room for one of these.
         if let (Some(holders), Some(at)) =
             (self.holders.entry(block), self.places.entry(place(block, replica)))
@@ -280,7 +285,7 @@ impl PrefixIndex {
     fn drop_node(&mut self, node: u32) {
         self.unlink(node);
         let held = self.nodes[node as usize];
-        let (block, replica) = (held.block, held.replica());
+        let (block, replica) = (held.block, held.replica);
         self.places.remove_if(place(block, replica), |_| true);
         self.holders.remove_if(block, |words| {
             let mut holders = ReplicaSet(*words);
@@ -293,7 +298,7 @@ impl PrefixIndex {
     }
 
     fn link_as_newest(&mut self, node: u32) {
-        let replica = self.nodes[node as usize].replica();
+        let replica = self.nodes[node as usize].replica;
         let Some(list) = self.list_mut(replica) else { return };
         let before = list.newest;
         list.newest = node;
@@ -316,7 +321,7 @@ impl PrefixIndex {
         if newer != NONE {
             self.nodes[newer as usize].older = older;
         }
-        let Some(list) = self.list_mut(held.replica()) else { return };
+        let Some(list) = self.list_mut(held.replica) else { return };
         list.len -= 1;
         if older == NONE {
             list.oldest = newer;
@@ -339,7 +344,7 @@ impl PrefixIndex {
                 let held = self.nodes[at as usize];
                 let known = self.node(held.block, replica) == Some(at)
                     && self.holders.get(held.block).is_some_and(|words| ReplicaSet(*words).contains(replica));
-                if held.replica() != replica || held.older != before || !known {
+                if held.replica != replica || held.older != before || !known {
                     return Err(format!("node {at} of {replica:?} is badly linked or cannot be found"));
                 }
                 (before, at, len) = (at, held.newer, len + 1);
@@ -349,7 +354,7 @@ impl PrefixIndex {
             }
             pairs += len as usize;
         }
-        if pairs != self.places.len() || self.holders.len() > pairs || self.used > self.capacity {
+        if pairs != self.places.len() || self.holders.len() > pairs || self.nodes.capacity() > self.capacity {
             let (places, holders) = (self.places.len(), self.holders.len());
             return Err(format!("{pairs} pairs in the lists, {places} in the table, {holders} blocks"));
         }

@@ -9,7 +9,6 @@ pub mod fleet;
 pub mod index;
 pub mod latency;
 pub mod load;
-mod pages;
 pub mod picker;
 pub mod policy;
 pub mod rates;

@@ -5,8 +5,6 @@
 //! linear probing; a removal closes the gap that it leaves (Knuth, The Art of Computer Programming, volume 3,
 //! section 6.4, algorithm R), so that churn leaves no tombstones behind.
 
-use super::pages::Pages;
-
 /// The key of a free slot.
 const FREE: u64 = 0;
 
@@ -18,7 +16,7 @@ const SLOTS: (usize, usize) = (4, 3);
 #[derive(Debug)]
 pub struct Table<const N: usize> {
     /// The key of each slot and behind it its value, so that one look at memory brings both. `[slots, 1 + N]`
-    words: Pages<u64>,
+    words: Box<[u64]>,
     slots: usize,
     len: usize,
     capacity: usize,
@@ -30,7 +28,7 @@ impl<const N: usize> Table<N> {
     /// Takes the memory for `capacity` entries. The system hands it out as it is first written to.
     pub fn new(capacity: usize) -> Self {
         let slots = Self::slots(capacity);
-        Self { words: Pages::new(slots * Self::STRIDE), slots, len: 0, capacity }
+        Self { words: vec![0; slots * Self::STRIDE].into(), slots, len: 0, capacity }
     }
 
     /// Bytes that a table of this capacity takes.
@@ -81,6 +79,14 @@ impl<const N: usize> Table<N> {
             self.close_gap(at);
         }
         is_removed
+    }
+
+    /// Looks at where these keys are, so that they are near when they are asked for. These looks do not wait for each
+    /// other, as searches do; a table that is larger than the caches would let each search wait for memory.
+    pub fn bring_near(&self, keys: impl Iterator<Item = u64>) {
+        let words: &[u64] = &self.words;
+        let seen = keys.fold(0, |seen, key| seen ^ words[self.home(some(key)) * Self::STRIDE]);
+        std::hint::black_box(seen);
     }
 
     fn close_gap(&mut self, mut gap: usize) {
