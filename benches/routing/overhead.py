@@ -8,7 +8,7 @@ Two backends with nothing to do (crates/router/examples/instant_server.rs: an an
 in the machine's load meets all of them. For each target and round:
 
 - closed loop, CLIENTS clients, answers of one token: requests a second, and the proxy's processor time of each
-- open loop at half the rate that the router carried before (median of five): time to the first token, p50 and p99; what a
+- open loop at half the rate that the router carried in the same round: time to the first token, p50 and p99; what a
   proxy adds is its figure less that of the same round without a proxy. A peer that cannot carry that rate fails requests,
   which the table counts, and its times are those of the rest. Many short rounds rather than few long ones: on a machine
   that others use as well a stall of some milliseconds decides the p99 of the load that it falls into, so most are to be
@@ -22,12 +22,8 @@ overhead.json and overhead.md. Ends by itself, in about seven minutes by default
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,12 +32,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from programs import ROOT, TARGET, Running, commit, free_port, listening, machine  # noqa: E402
+
 CLIENTS = 128
 PROMPT_TOKENS = 128
 TOKENS = 64
-TICK = os.sysconf("SC_CLK_TCK")
 
 NGINX = """
 daemon off; worker_processes 2; pid {folder}/nginx.pid; error_log {folder}/error.log;
@@ -69,52 +65,6 @@ def parse():
     parser.add_argument("--seconds", type=float, default=2, help="of each load")
     parser.add_argument("--debug", action="store_true", help="take the debug build, to try this program itself")
     return parser.parse_args()
-
-
-class Running:
-    """A process and its children, ended together; how much processor time they took."""
-
-    def __init__(self, command, **more):
-        self.process = subprocess.Popen([str(part) for part in command], start_new_session=True, **more)
-
-    def processes(self):
-        """All of its session, by /proc."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                except OSError:
-                    continue
-                if int(fields[3]) == self.process.pid:
-                    yield fields
-
-    def cpu_seconds(self):
-        return sum(int(fields[11]) + int(fields[12]) for fields in self.processes()) / TICK
-
-    def stop(self):
-        try:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(10)
-        except ProcessLookupError:
-            pass
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def listening(command):
-    """A program of ours, started, and the address that it prints."""
-    running = Running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in running.process.stdout:
-        if line.startswith("listening on "):
-            return running, line.split()[2]
-    sys.exit(f"{command[0]} did not start")
 
 
 def answers(url, seconds=60):
@@ -158,6 +108,7 @@ def start_nginx(options, replicas, scratch):
         return Running(command, stdout=log, stderr=log), f"http://127.0.0.1:{port}"
 
 
+OURS = ("no proxy", "servelab route")
 PROXIES = {"servelab route": start_servelab, "sglang-router": start_sglang, "nginx": start_nginx}
 
 
@@ -217,28 +168,22 @@ def measure(options, scratch):
                 sys.exit("the router does not answer")
             else:
                 left_out[name] = "does not answer here"
-        # Half of what the router carries; found before anything is counted, and more than once, since the machine's own
-        # pace changes by half from one moment to the next.
-        closed = ["--concurrency", CLIENTS]
-        process, url = targets["servelab route"]
-        carried = [load(options, url, process, scratch, 1, closed)["requests_per_second"] for _ in range(5)]
-        rate = statistics.median(carried) / 2
         rounds = []
         for number in range(options.rounds):
-            found = {}
             order = list(targets)[number % len(targets):] + list(targets)[:number % len(targets)]
-            for name in order:
-                process, url = targets[name]
-                is_ours = name in ("no proxy", "servelab route")
-                found[name] = {
-                    "saturated": load(options, url, process, scratch, 1, closed, is_ours),
-                    "half": load(options, url, process, scratch, 1, ["--rate", f"{rate:.1f}"], is_ours),
-                    "streams": load(options, url, process, scratch, TOKENS, closed, is_ours),
-                }
-                print(number + 1, name, json.dumps(found[name]), file=sys.stderr, flush=True)
-            rounds.append(found)
+            each = lambda tokens, how: {
+                name: load(options, targets[name][1], targets[name][0], scratch, tokens, how, name in OURS) for name in order
+            }
+            closed = ["--concurrency", CLIENTS]
+            saturated = each(1, closed)
+            # Half of what the router carries in this round: the machine's own pace changes by half from one to the next.
+            rate = saturated["servelab route"]["requests_per_second"] / 2
+            loads = {"saturated": saturated, "half": each(1, ["--rate", f"{rate:.1f}"]), "streams": each(TOKENS, closed)}
+            found = {name: {kind: of[name] for kind, of in loads.items()} for name in targets}
+            print(number + 1, f"{rate:.0f}/s", json.dumps(found), file=sys.stderr, flush=True)
+            rounds.append({"rate_at_half": rate, "targets": found})
         versions = {name: version(name, options) for name in targets if name != "no proxy"}
-        return {"rate_at_half": rate, "rounds": rounds, "versions": versions, "left_out": left_out}
+        return {"rounds": rounds, "versions": versions, "left_out": left_out}
     finally:
         for process in reversed(running):
             process.stop()
@@ -246,6 +191,7 @@ def measure(options, scratch):
 
 def cells(rounds, name):
     """What the table shows of a target: the median over the rounds."""
+    rounds = [found["targets"] for found in rounds]
     middle = lambda values: statistics.median(list(values))
     of = lambda load, key: middle(found[name][load][key] for found in rounds)
     row = {
@@ -275,10 +221,11 @@ def cells(rounds, name):
 def render(result):
     number = lambda value, digits: "-" if value is None else f"{value:,.{digits}f}"
     spread = lambda row, key: "-" if key not in row else "{:.2f} ({:.2f} to {:.2f})".format(row[key], *row[f"{key}_range"])
+    rates = [found["rate_at_half"] for found in result["rounds"]]
     lines = [
         f"{result['rounds_run']} rounds of {result['seconds']:g} s a load, {result['machine']}, {CLIENTS} clients, prompts of "
         f"{PROMPT_TOKENS} tokens; client, proxy and two backends on the same cores. Medians over the rounds, in brackets "
-        f"the least and the most. Half the rate: {result['rate_at_half']:.0f} requests/s.",
+        f"the least and the most. Half the rate: {statistics.median(rates):.0f} requests/s ({min(rates):.0f} to {max(rates):.0f}).",
         "",
         "| | requests/s at saturation | CPU us a request | at half the rate: CPU us a request | TTFT p50, ms | p99, ms | "
         "added p50, ms | added p99, ms | CPU us a streamed token | failed requests |",
@@ -302,11 +249,6 @@ def render(result):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def machine():
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
-
-
 def main():
     options = parse()
     build = TARGET / ("debug" if options.debug else "release")
@@ -316,12 +258,11 @@ def main():
         subprocess.run(command, cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "machine": machine(), "commit": commit, "build": build.name, "seconds": options.seconds, "rounds_run": options.rounds,
+        "machine": machine(), "commit": commit(), "build": build.name, "seconds": options.seconds, "rounds_run": options.rounds,
         "clients": CLIENTS, "prompt_tokens": PROMPT_TOKENS, "stream_tokens": TOKENS,
         **found,
-        "table": {name: cells(found["rounds"], name) for name in ("no proxy", *PROXIES) if name in found["rounds"][0]},
+        "table": {name: cells(found["rounds"], name) for name in ("no proxy", *PROXIES) if name in found["rounds"][0]["targets"]},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")

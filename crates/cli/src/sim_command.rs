@@ -390,6 +390,7 @@ fn text(fit: &Fit, points: &[Point], hardware: &str) -> String {
         ("alpha", "of a step", found.step_seconds),
         ("beta", "of a decoding sequence", found.decode_seconds),
         ("gamma", "of a token of its context", found.context_token_seconds),
+        ("zeta", "of a step with prompts", found.prefill_step_seconds),
         ("delta", "of a token of a prompt", found.prefill_token_seconds),
         ("epsilon", "of a pair of its tokens", found.prefill_pair_seconds),
         ("tau", "of a request, outside of steps", found.request_seconds),

@@ -263,7 +263,9 @@ impl Run {
         self.gateway.cells[cell].in_flight -= 1;
         let first = first_token.unwrap_or(self.now);
         let gaps = ask.output_tokens.saturating_sub(1).max(1);
-        let (ttft, tpot, e2e) = (first - arrived, (self.now - first) / gaps, self.now - arrived);
+        let outside = Duration::from_secs_f64(self.settings.kind.cost.request_seconds());
+        let (ttft, tpot, e2e) =
+            (first - arrived + outside, (self.now - first) / gaps, self.now - arrived + outside);
         self.tally.completed += 1;
         self.tally.output_tokens += u64::from(ask.output_tokens);
         self.ttft.push(arrived, ttft);

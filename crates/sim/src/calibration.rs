@@ -1,7 +1,7 @@
-//! Five coefficients in place of a data sheet, fitted to measured points of a server: [`fit`].
+//! Six coefficients in place of a data sheet, fitted to measured points of a server: [`fit`].
 //!
-//! A step takes `alpha + beta * B + gamma * context` and, for prompts, `delta` a token and `epsilon` a pair of tokens
-//! (the curve of prefill). B is the number of decoding sequences, context the sum of theirs.
+//! A step takes `alpha + beta * B + gamma * context` and, if it computes prompts, `zeta`, `delta` a token and `epsilon` a
+//! pair of tokens (the curve of prefill). B is the number of decoding sequences, context the sum of theirs.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,12 +21,15 @@ pub struct Calibration {
     pub decode_seconds: f64,
     /// gamma: of each token of context of those sequences.
     pub context_token_seconds: f64,
+    /// zeta: of a step that computes prompts, however long they are. Kernels for many rows differ from those for a few.
+    #[serde(default)]
+    pub prefill_step_seconds: f64,
     /// delta: of each token of a prompt.
     pub prefill_token_seconds: f64,
     /// epsilon: of each pair of a token of a prompt and one that it attends to.
     pub prefill_pair_seconds: f64,
-    /// What a request takes before and after the engine: HTTP, tokenizer. A server with a simulated device takes its
-    /// own time for that, so this is for information.
+    /// tau: of a request before and after the engine: HTTP, tokenizer. The simulated fleet adds it to what a client sees;
+    /// a server with a simulated device takes its own time for that.
     #[serde(default)]
     pub request_seconds: f64,
 }
@@ -48,6 +51,7 @@ impl Calibration {
             ("step_seconds", self.step_seconds),
             ("decode_seconds", self.decode_seconds),
             ("context_token_seconds", self.context_token_seconds),
+            ("prefill_step_seconds", self.prefill_step_seconds),
             ("prefill_token_seconds", self.prefill_token_seconds),
             ("prefill_pair_seconds", self.prefill_pair_seconds),
             ("request_seconds", self.request_seconds),
@@ -67,7 +71,9 @@ impl Calibration {
         if decode.new_tokens + prefill.new_tokens == 0 {
             return 0.0;
         }
+        let prompts = if prefill.new_tokens > 0 { self.prefill_step_seconds } else { 0.0 };
         self.step_seconds
+            + prompts
             + decode.new_tokens as f64 * self.decode_seconds
             + decode.context_tokens as f64 * self.context_token_seconds
             + prefill.new_tokens as f64 * self.prefill_token_seconds

@@ -3,7 +3,7 @@
 //! The roofline says what no step can beat. An estimate says what a good engine reaches: the same bytes and
 //! operations over the shares of the peaks in [`Shares`], and what the roofline leaves out, which is the traffic of
 //! activations, the sampler, the sums over the GPUs with their latency, and the launches. A [`Calibration`] knows
-//! nothing of bytes: it is five coefficients that were fitted to measured points.
+//! nothing of bytes: it is six coefficients that were fitted to measured points.
 
 use crate::calibration::Calibration;
 use crate::dtype::Dtype;
@@ -92,6 +92,14 @@ impl CostModel {
     /// Of a step over these sequences; 0 for none.
     pub fn step_seconds(&self, sequences: impl Iterator<Item = SequenceWork>) -> f64 {
         self.seconds(&self.sums(sequences))
+    }
+
+    /// What a client waits for besides the steps, if that was measured.
+    pub fn request_seconds(&self) -> f64 {
+        match self {
+            Self::Calibrated(calibration) => calibration.request_seconds,
+            Self::Estimate(_) | Self::Nothing => 0.0,
+        }
     }
 
     /// All that the time of a step depends on. Whole numbers: the order of the sequences changes nothing.

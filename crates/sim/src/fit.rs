@@ -83,15 +83,16 @@ pub enum FitError {
 /// Alpha, beta and one more to see whether they hold.
 const LEAST_POINTS: usize = 3;
 
-const COEFFICIENTS: usize = 6;
+const COEFFICIENTS: usize = 7;
 /// In the order in which they are taken: what cannot be told from those in front is left out.
-const NAMES: [&str; COEFFICIENTS] = ["alpha", "beta", "delta", "gamma", "tau", "epsilon"];
+const NAMES: [&str; COEFFICIENTS] = ["alpha", "beta", "delta", "gamma", "zeta", "tau", "epsilon"];
 const ALPHA: usize = 0;
 const BETA: usize = 1;
 const DELTA: usize = 2;
 const GAMMA: usize = 3;
-const TAU: usize = 4;
-const EPSILON: usize = 5;
+const ZETA: usize = 4;
+const TAU: usize = 5;
+const EPSILON: usize = 6;
 
 type Row = [f64; COEFFICIENTS];
 
@@ -175,6 +176,7 @@ impl Target {
             step_seconds: coefficients[ALPHA],
             decode_seconds: coefficients[BETA],
             context_token_seconds: coefficients[GAMMA],
+            prefill_step_seconds: coefficients[ZETA],
             prefill_token_seconds: coefficients[DELTA],
             prefill_pair_seconds: coefficients[EPSILON],
             request_seconds: coefficients[TAU],
@@ -262,6 +264,8 @@ impl Point {
         row[BETA] = decoding;
         row[GAMMA] = decoding * (self.input_tokens.mean + self.output_tokens.mean / 2.0);
         row[DELTA] = prompts * self.input_tokens.mean;
+        // The share of steps in which any prompt is computed, if they come at random.
+        row[ZETA] = 1.0 - (-prompts).exp();
         row[EPSILON] = prompts * self.pairs();
         row
     }
@@ -283,6 +287,7 @@ fn first_guess(target: &Target, points: &[Point]) -> Row {
             let mut row = [0.0; COEFFICIENTS];
             row[ALPHA] = 1.0;
             row[DELTA] = point.input_tokens.mean;
+            row[ZETA] = 1.0;
             row[EPSILON] = point.pairs();
             row[TAU] = if target.is_remote { 1.0 } else { 0.0 };
             rows.push((row.map(|value| value / point.ttft_seconds), 1.0));

@@ -24,6 +24,7 @@ fn truth() -> Calibration {
         step_seconds: 5e-3,
         decode_seconds: 40e-6,
         context_token_seconds: 60e-9,
+        prefill_step_seconds: 3e-3,
         prefill_token_seconds: 25e-6,
         prefill_pair_seconds: 2e-9,
         request_seconds: 2e-3,
@@ -110,6 +111,7 @@ fn the_truth_is_found_again() {
     assert!(close(found.prefill_token_seconds, truth.prefill_token_seconds, 0.05), "{found:?}");
     assert!(close(found.context_token_seconds, truth.context_token_seconds, 0.2), "{found:?}");
     assert!(close(found.prefill_pair_seconds, truth.prefill_pair_seconds, 0.2), "{found:?}");
+    assert!(close(found.prefill_step_seconds, truth.prefill_step_seconds, 0.3), "{found:?}");
     assert!(close(found.request_seconds, truth.request_seconds, 0.3), "{found:?}");
     assert!(within(&fit.errors, 0.05) && within(&fit.held_out, 0.1), "{fit:#?}");
 }
