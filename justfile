@@ -92,9 +92,17 @@ fixtures:
 bench *flags:
     cargo bench --package servelab-benches "$@"
 
-# What the router costs, beside no proxy, sglang-router and nginx as far as they are installed; about five minutes.
+# What the router costs, beside no proxy, sglang-router and nginx as far as they are installed; about seven minutes.
 router-overhead *flags:
     {{ python }} benches/routing/overhead.py "$@"
+
+# What a replica carries whose device takes no time, traced and untraced; two minutes.
+front-end *flags:
+    {{ python }} benches/front_end/ceiling.py "$@"
+
+# How far the simulated fleet is off a real one on this machine; eight minutes.
+fidelity *flags:
+    {{ python }} benches/fidelity/compare.py "$@"
 
 # Random fleets with random faults in virtual time, 200 seeds or the one given: nothing is lost, leaks or hangs.
 sim seed="":

@@ -46,6 +46,14 @@ class Running:
             self.process.wait()
 
 
+def build(is_debug):
+    """The folder of the programs. All are built at once: with other features each switch would build half of them anew."""
+    if not is_debug:
+        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab", "--example", "instant_server"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return TARGET / ("debug" if is_debug else "release")
+
+
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

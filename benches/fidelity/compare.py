@@ -12,7 +12,7 @@ Each round, on two replicas of one thread each with random weights in MODEL's sh
 
 Compared are the medians of TTFT and TPOT and the output tokens a second; what is shown are medians over the rounds, since
 a machine that others use as well changes its pace between one step and the next. OUT_FOLDER (default
-benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about twelve minutes by default.
+benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about eight minutes by default.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, TARGET, commit, machine, ready  # noqa: E402
+from programs import ROOT, build, commit, machine, ready  # noqa: E402
 
 CLIENTS = "1,2,4,8,16"
 INPUT, OUTPUT = "32:96", "16:48"
@@ -171,15 +171,12 @@ def render(result):
 
 def main():
     options = parse()
-    build = TARGET / ("debug" if options.debug else "release")
-    options.servelab = build / "servelab"
-    if not options.debug:
-        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab"]
-        subprocess.run(command, cwd=ROOT, check=True)
+    folder = build(options.debug)
+    options.servelab = folder / "servelab"
     with tempfile.TemporaryDirectory() as scratch:
         rounds = measure(options, Path(scratch))
     result = {
-        "machine": machine(), "commit": commit(), "build": build.name, "model": options.model, "seconds": options.seconds,
+        "machine": machine(), "commit": commit(), "build": folder.name, "model": options.model, "seconds": options.seconds,
         "rounds": rounds, "table": {rate: cells(rounds, rate) for rate in options.rates.split(",")}, "held_out": held_out(rounds),
     }
     options.out.mkdir(parents=True, exist_ok=True)

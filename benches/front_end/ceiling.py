@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, TARGET, commit, machine, ready  # noqa: E402
+from programs import ROOT, build, commit, machine, ready  # noqa: E402
 
 CLIENTS = 64
 PROMPT_TOKENS = 32
@@ -136,18 +136,15 @@ def render(result):
 
 def main():
     options = parse()
-    build = TARGET / ("debug" if options.debug else "release")
-    options.servelab = build / "servelab"
-    if not options.debug:
-        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab"]
-        subprocess.run(command, cwd=ROOT, check=True)
+    folder = build(options.debug)
+    options.servelab = folder / "servelab"
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=collector.serve_forever, daemon=True).start()
     rounds = measure(options, collector.server_port)
     if not Collector.taken:
         sys.exit("the collector was sent nothing: the traced server did not trace")
     result = {
-        "machine": machine(), "commit": commit(), "build": build.name, "seconds": options.seconds, "clients": CLIENTS,
+        "machine": machine(), "commit": commit(), "build": folder.name, "seconds": options.seconds, "clients": CLIENTS,
         "prompt_tokens": PROMPT_TOKENS, "tokens": TOKENS, "rounds": rounds,
         "table": {name: cells(rounds, name) for name in rounds[0]},
     }

@@ -33,7 +33,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, TARGET, Running, commit, free_port, listening, machine  # noqa: E402
+from programs import ROOT, build, commit, free_port, listening, machine, Running  # noqa: E402
 
 CLIENTS = 128
 PROMPT_TOKENS = 128
@@ -251,15 +251,12 @@ def render(result):
 
 def main():
     options = parse()
-    build = TARGET / ("debug" if options.debug else "release")
-    options.servelab, options.backend = build / "servelab", build / "examples/instant_server"
-    if not options.debug:
-        command = ["cargo", "build", "--quiet", "--release", "--workspace", "--bin", "servelab", "--example", "instant_server"]
-        subprocess.run(command, cwd=ROOT, check=True)
+    folder = build(options.debug)
+    options.servelab, options.backend = folder / "servelab", folder / "examples/instant_server"
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
     result = {
-        "machine": machine(), "commit": commit(), "build": build.name, "seconds": options.seconds, "rounds_run": options.rounds,
+        "machine": machine(), "commit": commit(), "build": folder.name, "seconds": options.seconds, "rounds_run": options.rounds,
         "clients": CLIENTS, "prompt_tokens": PROMPT_TOKENS, "stream_tokens": TOKENS,
         **found,
         "table": {name: cells(found["rounds"], name) for name in ("no proxy", *PROXIES) if name in found["rounds"][0]["targets"]},
