@@ -1,5 +1,6 @@
 """What the benchmarks that start programs share."""
 
+import json
 import os
 import platform
 import signal
@@ -81,6 +82,24 @@ def ready(command, seconds=60):
             time.sleep(0.05)
     running.stop()
     sys.exit(f"{url} did not get ready")
+
+
+def bench_metrics(command):
+    """What `servelab bench --json` measured at its only level of load.
+
+    Exit code 1 says that the client was late, which a machine whose cores are all busy makes it; the figures say how."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout:
+        sys.exit(f"the load generator ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)["points"][0]["metrics"]
+
+
+def keep(folder, name, result, table):
+    """Writes what was measured and the table of it, and prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table)
+    print(table)
 
 
 def machine():

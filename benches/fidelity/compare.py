@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, build, commit, machine, ready  # noqa: E402
+from programs import ROOT, bench_metrics, build, commit, keep, machine, ready  # noqa: E402
 
 CLIENTS = "1,2,4,8,16"
 INPUT, OUTPUT = "32:96", "16:48"
@@ -44,9 +44,8 @@ def parse():
 
 
 def bench(options, url, *how):
-    command = [options.servelab, "bench", "--url", url, "--input-tokens", INPUT, "--output-tokens", OUTPUT, "--ignore-eos",
-               "--repeats", 1, "--warm-up", 0, "--quiet", *how]
-    return [str(part) for part in command]
+    return [options.servelab, "bench", "--url", url, "--input-tokens", INPUT, "--output-tokens", OUTPUT, "--ignore-eos",
+            "--repeats", 1, "--warm-up", 0, "--quiet", *how]
 
 
 def ended(process):
@@ -77,8 +76,7 @@ def calibrate(options, replicas, folder):
 
 
 def really(options, url, rate):
-    metrics = json.loads(ended(spawn(bench(options, url, "--rate", rate, "--duration", f"{3 * options.seconds:g}s", "--json"))))
-    metrics = metrics["points"][0]["metrics"]
+    metrics = bench_metrics(bench(options, url, "--rate", rate, "--duration", f"{3 * options.seconds:g}s", "--json"))
     if metrics["failed"]:
         sys.exit(f"{metrics['failed']} requests failed")
     return {
@@ -179,10 +177,7 @@ def main():
         "machine": machine(), "commit": commit(), "build": folder.name, "model": options.model, "seconds": options.seconds,
         "rounds": rounds, "table": {rate: cells(rounds, rate) for rate in options.rates.split(",")}, "held_out": held_out(rounds),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "compare.md").write_text(render(result))
-    print(render(result))
+    keep(options.out, "compare", result, render(result))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import argparse
 import http.server
 import json
 import statistics
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, build, commit, machine, ready  # noqa: E402
+from programs import ROOT, bench_metrics, build, commit, keep, machine, ready  # noqa: E402
 
 CLIENTS = 64
 PROMPT_TOKENS = 32
@@ -67,12 +66,8 @@ def load(options, url, server, tokens):
                "--input-tokens", PROMPT_TOKENS, "--output-tokens", tokens, "--ignore-eos", "--duration",
                f"{options.seconds:g}s", "--repeats", 1, "--warm-up", 0, "--no-cool-down", "--json", "--quiet"]
     before = server.cpu_seconds()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    metrics = bench_metrics(command)
     used = server.cpu_seconds() - before
-    # 1 says that the client was late, which a closed loop on one core makes it.
-    if done.returncode not in (0, 1) or not done.stdout:
-        sys.exit(f"the load generator ended with {done.returncode}:\n{done.stderr}")
-    metrics = json.loads(done.stdout)["points"][0]["metrics"]
     if metrics["failed"] or not metrics["completed"]:
         sys.exit(f"{metrics['failed']} requests failed, {metrics['completed']} did not, at {url}")
     return {
@@ -148,10 +143,7 @@ def main():
         "prompt_tokens": PROMPT_TOKENS, "tokens": TOKENS, "rounds": rounds,
         "table": {name: cells(rounds, name) for name in rounds[0]},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ceiling.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "ceiling.md").write_text(render(result))
-    print(render(result))
+    keep(options.out, "ceiling", result, render(result))
 
 
 if __name__ == "__main__":

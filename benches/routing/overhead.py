@@ -33,7 +33,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from programs import ROOT, build, commit, free_port, listening, machine, Running  # noqa: E402
+from programs import ROOT, Running, bench_metrics, build, commit, free_port, keep, listening, machine  # noqa: E402
 
 CLIENTS = 128
 PROMPT_TOKENS = 128
@@ -123,19 +123,14 @@ def version(name, options):
     return subprocess.run([python, "-c", program], capture_output=True, text=True).stdout.strip()
 
 
-def load(options, url, proxy, scratch, tokens, how, is_ours=True):
+def load(options, url, proxy, tokens, how, is_ours=True):
     """One load; a peer may fail requests, which are counted. Everything sent is measured, so that it can be held against the processor time."""
     command = [options.servelab, "bench", "--url", url, "--input-tokens", PROMPT_TOKENS,
                "--output-tokens", tokens, "--duration", f"{options.seconds:g}s", "--repeats", 1, "--warm-up", 0,
                "--no-cool-down", "--json", "--quiet", *how]
     before = proxy.cpu_seconds() if proxy else 0.0
-    with open(scratch / "bench.log", "w") as log:
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=log, text=True)
+    metrics = bench_metrics(command)
     used = (proxy.cpu_seconds() if proxy else 0.0) - before
-    # Exit code 1 says that the client was late, which a machine whose cores are all busy makes it; the figures say how.
-    if done.returncode not in (0, 1) or not done.stdout:
-        sys.exit(f"the load generator ended with {done.returncode}:\n{(scratch / 'bench.log').read_text()}")
-    metrics = json.loads(done.stdout)["points"][0]["metrics"]
     if not metrics["completed"] or metrics["failed"] and is_ours:
         sys.exit(f"{metrics['failed']} requests failed, {metrics['completed']} did not, at {url}")
     ttft = metrics["ttft_from_send_ms"]
@@ -172,7 +167,7 @@ def measure(options, scratch):
         for number in range(options.rounds):
             order = list(targets)[number % len(targets):] + list(targets)[:number % len(targets)]
             each = lambda tokens, how: {
-                name: load(options, targets[name][1], targets[name][0], scratch, tokens, how, name in OURS) for name in order
+                name: load(options, targets[name][1], targets[name][0], tokens, how, name in OURS) for name in order
             }
             closed = ["--concurrency", CLIENTS]
             saturated = each(1, closed)
@@ -261,11 +256,7 @@ def main():
         **found,
         "table": {name: cells(found["rounds"], name) for name in ("no proxy", *PROXIES) if name in found["rounds"][0]["targets"]},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
-    table = render(result)
-    (options.out / "overhead.md").write_text(table)
-    print(table)
+    keep(options.out, "overhead", result, render(result))
 
 
 if __name__ == "__main__":

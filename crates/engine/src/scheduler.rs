@@ -340,7 +340,8 @@ impl Scheduler {
             false => (Vec::new(), root),
         };
         let revived = blocks.iter().filter(|block| self.pool.references(**block) == 0).count();
-        let fresh = sequence.blocks_needed() - blocks.len();
+        let needed = sequence.blocks_needed();
+        let fresh = needed - blocks.len();
         if fresh + revived + self.running.len() > self.pool.available() {
             self.blocked = Some(known);
             return false;
@@ -353,7 +354,6 @@ impl Scheduler {
             true => Publication::Upto { blocks: blocks.len(), link },
             false => Publication::Off,
         };
-        let needed = blocks.len() + fresh;
         sequence.blocks = blocks;
         self.pool.allocate_into(&mut sequence.blocks, fresh);
         assert_eq!(sequence.blocks.len(), needed, "the room was counted above");

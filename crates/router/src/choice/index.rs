@@ -170,10 +170,9 @@ impl PrefixIndex {
         let node = |at: u32| (at != NONE).then(|| self.nodes[at as usize]);
         let oldest = std::iter::successors(node(list.oldest), |held| node(held.newer));
         let go = oldest.take(over.min(blocks.len())).map(|held| held.block);
-        let come = blocks.iter().map(|block| name(*block));
-        let both: Vec<u64> = come.chain(go).collect();
-        self.holders.bring_near(both.iter().copied());
-        self.places.bring_near(both.iter().map(|block| place(*block, replica)));
+        let both = blocks.iter().map(|block| name(*block)).chain(go);
+        self.holders.bring_near(both.clone());
+        self.places.bring_near(both.map(|block| place(block, replica)));
     }
 
     /// The replica holds this block now, as its newest.
@@ -271,12 +270,12 @@ impl PrefixIndex {
             }
         };
         // There are no more blocks than pairs of a block and a replica, and room for one of these.
-        if let (Some(holders), Some(at)) =
-            (self.holders.entry(block), self.places.entry(place(block, replica)))
-        {
-            let mut all = ReplicaSet(*holders);
-            all.insert(replica);
-            *holders = all.0;
+        let entries = (self.holders.entry(block), self.places.entry(place(block, replica)));
+        debug_assert!(matches!(entries, (Some(_), Some(_))), "the tables are as large as the list of nodes");
+        if let (Some(words), Some(at)) = entries {
+            let mut holders = ReplicaSet(*words);
+            holders.insert(replica);
+            *words = holders.0;
             *at = [node.into()];
         }
         self.link_as_newest(node);
@@ -284,8 +283,7 @@ impl PrefixIndex {
 
     fn drop_node(&mut self, node: u32) {
         self.unlink(node);
-        let held = self.nodes[node as usize];
-        let (block, replica) = (held.block, held.replica);
+        let Held { block, replica, .. } = self.nodes[node as usize];
         self.places.remove_if(place(block, replica), |_| true);
         self.holders.remove_if(block, |words| {
             let mut holders = ReplicaSet(*words);
@@ -313,15 +311,14 @@ impl PrefixIndex {
     }
 
     fn unlink(&mut self, node: u32) {
-        let held = self.nodes[node as usize];
-        let Held { older, newer, .. } = held;
+        let Held { older, newer, replica, .. } = self.nodes[node as usize];
         if older != NONE {
             self.nodes[older as usize].newer = newer;
         }
         if newer != NONE {
             self.nodes[newer as usize].older = older;
         }
-        let Some(list) = self.list_mut(held.replica) else { return };
+        let Some(list) = self.list_mut(replica) else { return };
         list.len -= 1;
         if older == NONE {
             list.oldest = newer;
