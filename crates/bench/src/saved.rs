@@ -49,7 +49,20 @@ pub fn read(path: &Path) -> Result<BenchResult, SavedError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Or a report made anew would show another figure: serde_json's default is off by a last bit at times.
+        #[test]
+        fn a_number_read_back_is_the_one_written(
+            values in proptest::collection::vec(0.0..1e6_f64, 200),
+        ) {
+            let text = serde_json::to_string(&values).unwrap();
+            prop_assert_eq!(serde_json::from_reader::<_, Vec<f64>>(text.as_bytes()).unwrap(), values);
+        }
+    }
 
     #[test]
     fn what_is_no_result_is_said() {
