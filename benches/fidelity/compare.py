@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
 """The same workload run for real and simulated: how far `servelab sim` is off on this machine.
 
-    benches/fidelity/compare.py [OUT_FOLDER] [--model NAME] [--rounds N] [--seconds S] [--rates R,..] [--debug]
+    benches/fidelity/compare.py [OUT_FOLDER] [--models NAME=RATE,.. ..] [--rounds N] [--seconds S] [--debug]
 
-Each round, on two replicas of one thread each with random weights in MODEL's shape:
+For each model two replicas of one thread each are started, the demo checkpoint or random weights in the model's shape, and
+a router before them. A round measures, one after the other:
 
-1. both are measured at once, since they share the machine's memory, at 1, 2, 4, 8 and 16 clients each; `servelab sim
-   calibrate` fits a profile to the points of the first and predicts each level from the others
-2. `servelab bench` sends requests through `servelab route` to both of them, at each of the rates
-3. `servelab sim` runs the same requests over two simulated replicas of that profile
+1. both replicas at once, since they share the machine's memory, at 1, 2, 4, 8, 16 and 32 clients each, and at 3, 6, 12 and
+   24
+2. `servelab bench` through `servelab route` to both of them, at each of the rates
 
-Compared are the medians of TTFT and TPOT and the output tokens a second; what is shown are medians over the rounds, since
-a machine that others use as well changes its pace between one step and the next. OUT_FOLDER (default
-benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about eight minutes by default.
+Then `servelab sim calibrate` fits one profile to the first levels of all rounds and predicts the second ones, which it has
+not seen, and `servelab sim` runs the requests of 2 over two simulated replicas of that profile. Rounds that are short and
+many, since a machine that others use as well changes its pace between one minute and the next: calibration and what it is
+held against are to meet the same of it. A figure that was measured is the median over the rounds.
+
+OUT_FOLDER (default benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about fifteen minutes by
+default.
 """
 
 import argparse
@@ -26,19 +30,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from programs import ROOT, bench_metrics, build, commit, keep, machine, ready  # noqa: E402
 
-CLIENTS = "1,2,4,8,16"
+LEVELS, CHECKS = "1,2,4,8,16,32", "3,6,12,24"
 INPUT, OUTPUT = "32:96", "16:48"
 # As servelab serve has them by default on a CPU, said so that server and simulation have the same.
 LIMITS = ["--max-running", "64", "--max-batched-tokens", "512"]
+FIGURES = {"ttft_ms": "TTFT p50, ms", "tpot_ms": "TPOT p50, ms", "tokens_per_second": "output tokens/s"}
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "benches/results/fidelity")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=12, help="of each level of the calibration; a rate has three times that")
-    parser.add_argument("--rates", default="1,2", help="requests a second over both replicas, below saturation")
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m=1,2", "demo=20,40"],
+                        help="each with requests a second over both replicas, below saturation")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6, help="of each level; a rate has three times that")
     parser.add_argument("--debug", action="store_true", help="take the debug build, to try this program itself")
     return parser.parse_args()
 
@@ -60,19 +65,22 @@ def spawn(command):
     return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def calibrate(options, replicas, folder):
-    """A profile, and the errors at levels that were held out."""
-    outs = [folder / f"level-{number}" for number in range(len(replicas))]
-    both = [
-        spawn(bench(options, url, "--concurrency", CLIENTS, "--duration", f"{options.seconds:g}s", "--out", out))
+def levels(options, replicas, clients, folder):
+    """The results of all replicas at these numbers of clients, measured at once."""
+    outs = [folder / str(number) for number in range(len(replicas))]
+    all_of_them = [
+        spawn(bench(options, url, "--concurrency", clients, "--duration", f"{options.seconds:g}s", "--out", out))
         for url, out in zip(replicas, outs)
     ]
-    for process in both:
+    for process in all_of_them:
         ended(process)
-    profile = folder / "profile.toml"
-    fit = spawn([options.servelab, "sim", "calibrate", outs[0], "--hardware", "measured", *LIMITS, "--json", "--out",
-                 profile])
-    return profile, json.loads(ended(fit))
+    return outs
+
+
+def calibrate(options, fitted, checked, profile):
+    command = [options.servelab, "sim", "calibrate", *fitted, *(part for out in checked for part in ("--check", out)),
+               "--hardware", "measured", *LIMITS, "--json", "--out", profile]
+    return json.loads(ended(spawn(command)))
 
 
 def really(options, url, rate):
@@ -86,8 +94,9 @@ def really(options, url, rate):
     }
 
 
-def simulated(options, profile, rate):
-    command = [options.servelab, "sim", "--model", options.model, "--hardware", profile, "--replicas", 2, "--tp", 1, *LIMITS,
+def simulated(options, profile, model, rate):
+    # The same requests as the real ones.
+    command = [options.servelab, "sim", "--model", model, "--hardware", profile, "--replicas", 2, "--tp", 1, *LIMITS,
                "--input-tokens", INPUT, "--output-tokens", OUTPUT, "--rate", rate, "--duration", f"{3 * options.seconds:g}s",
                "--json"]
     found = json.loads(ended(spawn(command)))[0]
@@ -98,12 +107,13 @@ def simulated(options, profile, rate):
     }
 
 
-def measure(options, scratch):
-    running, replicas, rounds = [], [], []
+def measure(options, model, rates, scratch):
+    running, replicas, fitted, checked, rounds = [], [], [], [], []
+    which = [] if model == "demo" else ["--model", model, "--load-format", "dummy"]
     try:
         for _ in range(2):
-            command = [options.servelab, "serve", "--model", options.model, "--load-format", "dummy", "--device", "cpu", "--threads",
-                       "1", "--port", "0", "--log-level", "warn", *LIMITS]
+            command = [options.servelab, "serve", *which, "--device", "cpu", "--threads", "1", "--port", "0", "--log-level",
+                       "warn", *LIMITS]
             server, url = ready(command)
             running.append(server)
             replicas.append(url)
@@ -111,59 +121,49 @@ def measure(options, scratch):
         router, url = ready(route)
         running.append(router)
         for number in range(options.rounds):
-            folder = scratch / str(number)
-            folder.mkdir()
-            profile, fit = calibrate(options, replicas, folder)
-            rates = {
-                rate: {"real": really(options, url, rate), "simulated": simulated(options, profile, rate)}
-                for rate in options.rates.split(",")
-            }
-            rounds.append({"fit": fit, "rates": rates})
-            print(number + 1, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
-        return rounds
+            fitted += levels(options, replicas, LEVELS, scratch / f"{model}-{number}-levels")
+            checked += levels(options, replicas, CHECKS, scratch / f"{model}-{number}-checks")
+            rounds.append({rate: really(options, url, rate) for rate in rates})
+            print(model, number + 1, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     finally:
         for process in reversed(running):
             process.stop()
+    profile = scratch / f"{model}.toml"
+    fit = calibrate(options, fitted, checked, profile)
+    return {"fit": fit, "real": rounds, "simulated": {rate: simulated(options, profile, model, rate) for rate in rates}}
 
 
-def cells(rounds, rate):
+def cells(found, rate):
     row = {}
-    for key in ("ttft_ms", "tpot_ms", "tokens_per_second"):
-        real, simulated = ([found["rates"][rate][kind][key] for found in rounds] for kind in ("real", "simulated"))
-        errors = [a / b - 1 for a, b in zip(simulated, real)]
-        row[key] = {
-            "real": statistics.median(real), "simulated": statistics.median(simulated),
-            "error": statistics.median(errors), "least": min(errors), "most": max(errors),
-        }
+    for key in FIGURES:
+        real = [figures[rate][key] for figures in found["real"]]
+        simulated = found["simulated"][rate][key]
+        row[key] = {"real": statistics.median(real), "least": min(real), "most": max(real), "simulated": simulated,
+                    "error": simulated / statistics.median(real) - 1}
     return row
-
-
-def held_out(rounds):
-    """Per level: the median over the rounds of each error."""
-    levels = zip(*(found["fit"]["held_out"] for found in rounds))
-    keys = ("ttft", "tpot", "requests_per_second")
-    return [{key: statistics.median(point[key] for point in level) for key in keys} for level in levels]
 
 
 def render(result):
     percent = lambda share: f"{100 * share:+.0f} %"
     lines = [
-        f"{len(result['rounds'])} rounds, {result['machine']}: two replicas of one thread with the shape of {result['model']}, prompts of "
+        f"{result['rounds']} rounds of {result['seconds']:g} s a level, {result['machine']}: two replicas of one thread, prompts of "
         f"{INPUT.replace(':', ' to ')} tokens, answers of {OUTPUT.replace(':', ' to ')}. Medians over the rounds; in brackets the least and the most.",
         "",
-        "| requests/s | | real | simulated | error |",
-        "| --- | --- | --- | --- | --- |",
+        "| model | requests/s | | real | simulated | error |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    names = {"ttft_ms": "TTFT p50, ms", "tpot_ms": "TPOT p50, ms", "tokens_per_second": "output tokens/s"}
-    for rate, row in result["table"].items():
-        for key, name in names.items():
-            cell = row[key]
-            spread = f"{percent(cell['error'])} ({percent(cell['least'])} to {percent(cell['most'])})"
-            lines.append(f"| {rate} | {name} | {cell['real']:.1f} | {cell['simulated']:.1f} | {spread} |")
-    lines += ["", "The means of a level of load, predicted from the other levels:", "", "| clients | TTFT | TPOT | requests/s |",
-              "| --- | --- | --- | --- |"]
-    for clients, errors in zip(CLIENTS.split(","), result["held_out"]):
-        lines.append(f"| {clients} | {percent(errors['ttft'])} | {percent(errors['tpot'])} | {percent(errors['requests_per_second'])} |")
+    for model, found in result["models"].items():
+        for rate, row in found["table"].items():
+            for key, name in FIGURES.items():
+                cell = row[key]
+                real = f"{cell['real']:.1f} ({cell['least']:.1f} to {cell['most']:.1f})"
+                lines.append(f"| {model} | {rate} | {name} | {real} | {cell['simulated']:.1f} | {percent(cell['error'])} |")
+    lines += ["", "The means of levels of load that the calibration has not seen:", "",
+              "| model | clients | TTFT | TPOT | requests/s |", "| --- | --- | --- | --- | --- |"]
+    for model, found in result["models"].items():
+        for clients, errors in zip(CHECKS.split(","), found["fit"]["checked"]):
+            figures = " | ".join(percent(errors[key]) for key in ("ttft", "tpot", "requests_per_second"))
+            lines.append(f"| {model} | {clients} | {figures} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,12 +171,14 @@ def main():
     options = parse()
     folder = build(options.debug)
     options.servelab = folder / "servelab"
+    models = {}
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = measure(options, Path(scratch))
-    result = {
-        "machine": machine(), "commit": commit(), "build": folder.name, "model": options.model, "seconds": options.seconds,
-        "rounds": rounds, "table": {rate: cells(rounds, rate) for rate in options.rates.split(",")}, "held_out": held_out(rounds),
-    }
+        for given in options.models:
+            model, _, rates = given.partition("=")
+            found = measure(options, model, rates.split(","), Path(scratch))
+            models[model] = {**found, "table": {rate: cells(found, rate) for rate in rates.split(",")}}
+    result = {"machine": machine(), "commit": commit(), "build": folder.name, "seconds": options.seconds,
+              "rounds": options.rounds, "models": models}
     keep(options.out, "compare", result, render(result))
 
 

@@ -5,7 +5,8 @@
 
 Two backends with nothing to do (crates/router/examples/instant_server.rs: an answer at once) stand behind every proxy;
 `servelab bench` is the client. All share the machine's cores. The targets take turns round by round, so that a change
-in the machine's load meets all of them. For each target and round:
+in the machine's load meets all of them; what the router carries, what it adds at half of that, and the same without it
+come right after one another. For each target and round:
 
 - closed loop, CLIENTS clients, answers of one token: requests a second, and the proxy's processor time of each
 - open loop at half the rate that the router carried in the same round: time to the first token, p50 and p99; what a
@@ -165,16 +166,26 @@ def measure(options, scratch):
                 left_out[name] = "does not answer here"
         rounds = []
         for number in range(options.rounds):
-            order = list(targets)[number % len(targets):] + list(targets)[:number % len(targets)]
-            each = lambda tokens, how: {
-                name: load(options, targets[name][1], targets[name][0], tokens, how, name in OURS) for name in order
-            }
+            found = {name: {} for name in targets}
+
+            def take(name, kind, tokens, how):
+                process, url = targets[name]
+                found[name][kind] = load(options, url, process, tokens, how, name in OURS)
+
             closed = ["--concurrency", CLIENTS]
-            saturated = each(1, closed)
-            # Half of what the router carries in this round: the machine's own pace changes by half from one to the next.
-            rate = saturated["servelab route"]["requests_per_second"] / 2
-            loads = {"saturated": saturated, "half": each(1, ["--rate", f"{rate:.1f}"]), "streams": each(TOKENS, closed)}
-            found = {name: {kind: of[name] for kind, of in loads.items()} for name in targets}
+            take("servelab route", "saturated", 1, closed)
+            # Half of what the router has just carried, and what it adds beside what was there without it, before the
+            # machine changes its pace.
+            rate = found["servelab route"]["saturated"]["requests_per_second"] / 2
+            half = ["--rate", f"{rate:.1f}"]
+            for name in OURS if number % 2 else reversed(OURS):
+                take(name, "half", 1, half)
+            for name in targets:
+                if name not in OURS:
+                    take(name, "saturated", 1, closed)
+                    take(name, "half", 1, half)
+                take(name, "streams", TOKENS, closed)
+            take("no proxy", "saturated", 1, closed)
             print(number + 1, f"{rate:.0f}/s", json.dumps(found), file=sys.stderr, flush=True)
             rounds.append({"rate_at_half": rate, "targets": found})
         versions = {name: version(name, options) for name in targets if name != "no proxy"}

@@ -86,6 +86,29 @@ fn an_experiment_is_predicted_measured_kept_and_shown() {
     assert_eq!(shown["rows"][0]["measured"], Value::Array(Vec::new()));
 }
 
+/// In virtual time, so that the outcome is the same on every machine: the scaler that is quoted answers nobody.
+#[test]
+fn a_row_that_takes_a_fleet_is_simulated() {
+    let folder = tempfile::tempdir().unwrap();
+    let results = folder.path().join("numbers.jsonl");
+    let text = printed(&results, &["run", "keda-zero"]);
+    assert!(
+        text.starts_with("llama-3.1-8b, no weights: ") && text.contains("on simulated H100 SXM"),
+        "{text}"
+    );
+    assert!(text.contains("      simulated ") && !text.contains("      measured "), "{text}");
+    let kept: Value = serde_json::from_str(&std::fs::read_to_string(&results).unwrap()).unwrap();
+    let findings = kept["findings"].as_array().unwrap();
+    let shares: Vec<_> = findings[..2].iter().map(|finding| &finding["measured"]).collect();
+    assert_eq!(shares, [0.0, 1.0], "{findings:?}");
+    assert!(kept["server_flags"][0].as_str().unwrap().starts_with("sim --json --hardware h100 "), "{kept}");
+    let shown = printed(&results, &["--row", "keda-zero"]);
+    assert!(shown.contains("llama-3.1-8b on simulated H100 SXM"), "{shown}");
+    // What was simulated is not what this machine can do.
+    let (code, _, err) = numbers(&results, &["--hardware", "measured"]);
+    assert!(code == 2 && err.contains("holds no measurement yet"), "{err}");
+}
+
 /// The server that an experiment started ends with it.
 #[cfg(target_os = "linux")]
 #[test]
@@ -130,13 +153,14 @@ fn an_interrupt_ends_the_run_and_its_server() {
 fn what_is_not_known_is_refused_before_anything_starts() {
     let folder = tempfile::tempdir().unwrap();
     let results = folder.path().join("numbers.jsonl");
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 11] = [
+        (&["run", "keda-zero", "--model", "demo"], "--model changes nothing here"),
         (&["run", "knee-33"], "\"knee-33\" is no row of the ledger and no experiment; rows: decode-70b, "),
         (&["run", "--dollars-per-hour", "0"], "--dollars-per-hour is 0; it must be from "),
         (&["run", "--model", "/no/such/folder"], "neither a folder nor a hub id"),
         (&["run", "--hardware", "abacus"], "unknown hardware \"abacus\"; known: "),
         (&["--row", "knee-33"], "no row \"knee-33\"; there are decode-70b, "),
-        (&["--needs", "moon"], "nothing, machine, gpu, fleet"),
+        (&["--needs", "moon"], "nothing, machine, gpu, fleet, embeddings"),
         (&["--model", "gpt-9"], "unknown shape preset \"gpt-9\"; known: llama-3.1-8b, "),
         (&["--hardware", "abacus"], "unknown hardware \"abacus\"; known: "),
         (&["--hardware", "measured"], "holds no measurement yet; servelab numbers run makes some"),

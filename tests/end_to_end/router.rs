@@ -237,6 +237,7 @@ async fn a_later_turn_goes_to_the_replica_that_holds_the_earlier_one() {
     for replica in [&one, &other] {
         until_parity(&router, replica, 1.0).await;
     }
+    until_precise(&router).await;
     for conversation in 0..4 {
         let system = format!("Conversation {conversation}. ") + &"You answer in few words. ".repeat(12);
         let mut messages =
@@ -265,6 +266,15 @@ async fn until_parity(router: &Server, replica: &Server, value: f64) {
     router.until("the canaries are back", async || router.metric(&series).await == Some(value)).await;
 }
 
+/// What replicas say they hold takes the place of what was guessed until then.
+async fn until_precise(router: &Server) {
+    let is_precise = async || {
+        let all: Value = serde_json::from_str(&router.get("/replicas").await.1).unwrap();
+        all["replicas"].as_array().unwrap().iter().all(|replica| replica["kv_events"] == "precise")
+    };
+    router.until("all replicas tell what they hold", is_precise).await;
+}
+
 /// Asks a chat and gives what the router expected to be there, and what the replica says was.
 async fn predicted_and_confirmed(router: &Server, system: &str, question: &str) -> (String, u64) {
     let messages = json!([{"role": "system", "content": system}, {"role": "user", "content": question}]);
@@ -282,6 +292,7 @@ async fn with_token_parity_the_hits_predicted_are_those_confirmed() {
     let router = router(&[&replica.base], &[]).await;
     until_ready(&router, 1).await;
     until_parity(&router, &replica, 1.0).await;
+    until_precise(&router).await;
     let mut hits = 0;
     for number in 0..8 {
         let system =

@@ -180,6 +180,11 @@ async fn a_benchmark_becomes_a_profile_that_serves() {
     let (code, table, error) =
         run(servelab(&["sim", "calibrate", &result, "--hardware", "h100", "--overlap"]));
     assert!(code == 0 && table.contains("mean held-out error: TTFT"), "{table}{error}");
+    // A result that is only predicted says nothing to the fit: here the same one, whose errors are then known.
+    let (code, out, error) = run(servelab(&[&calibrate[..], &["--check", &result]].concat()));
+    assert!(code == 0, "{error}");
+    let checked: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&checked["calibration"], &checked["checked"]), (&fit["calibration"], &fit["errors"]));
     let server = Server::start(&["--device", "sim", "--hardware", &profile, "--speed", "100"]).await;
     assert!(!server.complete("Hello", 8).await.is_empty());
     assert!(server.log().contains("its times calibrated with llama-3.1-8b"), "{}", server.log());

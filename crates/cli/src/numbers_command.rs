@@ -8,8 +8,8 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
-use servelab_bench::experiments::Measurement;
 use servelab_bench::experiments::store::{self, StoreError};
+use servelab_bench::experiments::{ExperimentError, Measurement};
 use servelab_bench::ledger::view::Filter;
 use servelab_bench::ledger::{Chosen, Ledger, LedgerError, LedgerView, Needs, html, markdown, terminal};
 use servelab_server::LoadError;
@@ -77,7 +77,7 @@ struct ShowArgs {
     /// Only these rows, separated by commas, with their formulas.
     #[arg(long = "row", value_name = "ID,..", value_delimiter = ',')]
     rows: Vec<String>,
-    /// Only rows that need this to be answered: nothing, machine, gpu or fleet, separated by commas.
+    /// Only rows that need this to be answered: nothing, machine, gpu, fleet or embeddings, separated by commas.
     #[arg(long, value_name = "WHAT,..", value_delimiter = ',')]
     needs: Vec<NeedsArg>,
     /// How to print it.
@@ -108,6 +108,7 @@ enum NeedsArg {
     Machine,
     Gpu,
     Fleet,
+    Embeddings,
 }
 
 impl From<NeedsArg> for Needs {
@@ -117,6 +118,7 @@ impl From<NeedsArg> for Needs {
             NeedsArg::Machine => Self::ThisMachine,
             NeedsArg::Gpu => Self::OneGpu,
             NeedsArg::Fleet => Self::Fleet,
+            NeedsArg::Embeddings => Self::Embeddings,
         }
     }
 }
@@ -136,6 +138,13 @@ pub enum Error {
     NoStateFolder,
     #[error("--{option} is {value}; it must be {rule}")]
     Range { option: &'static str, value: String, rule: &'static str },
+    #[error(
+        "--{option} changes nothing here: what was asked for is simulated, with a model and hardware of its own; leave it \
+         out, or see servelab sim"
+    )]
+    OfThisMachine { option: &'static str },
+    #[error(transparent)]
+    Experiment(#[from] ExperimentError),
     #[error("{id:?} is no row of the ledger and no experiment; rows: {rows}; experiments: {experiments}")]
     Unknown { id: String, rows: String, experiments: String },
     #[error(
@@ -173,6 +182,7 @@ impl Error {
                 | Self::NoStateFolder
                 | Self::Range { .. }
                 | Self::Unknown { .. }
+                | Self::OfThisMachine { .. }
                 | Self::UnknownGpu { .. }
                 | Self::Settings(_)
                 | Self::Device(_)
@@ -238,7 +248,8 @@ fn choose(
     path: &Path,
     measurements: Vec<Measurement>,
 ) -> Result<(Chosen, Vec<Measurement>), Error> {
-    let newest = measurements.iter().max_by_key(|measurement| measurement.unix_seconds);
+    let here = measurements.iter().filter(|measurement| !measurement.experiment.is_simulated());
+    let newest = here.max_by_key(|measurement| measurement.unix_seconds);
     let (profile, place) = match args.hardware.as_deref() {
         Some(MEASURED) => {
             let newest = newest.ok_or_else(|| Error::NothingMeasured(path.display().to_string()))?;

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde::Deserialize;
 use servelab_bench::result::{BenchResult, Load, TargetInfo};
 use servelab_bench::saved::{self, SavedError};
-use servelab_sim::fit::{Errors, Fit, FitError, Point, Target, fit};
+use servelab_sim::fit::{Errors, Fit, FitError, Point, Target, fit, merged};
 use servelab_sim::replay::{Arrivals, Length};
 use servelab_sim::{Dtype, HardwareError, HardwareProfile};
 
@@ -36,6 +36,7 @@ Examples:
   servelab bench --concurrency 1,2,4,8,16,32 --input-tokens 512 --output-tokens 128 --out run
   servelab sim calibrate run --hardware h100 --out my-h100.toml
   servelab sim calibrate short long --hardware measured --max-running 64 --max-batched-tokens 512
+  servelab sim calibrate run-1 run-2 run-3 --check other-levels --hardware h100
   servelab sim calibrate vllm-*.json --hardware h200 --tp 4 --overlap --out my-h200.toml
   servelab serve --device sim --hardware my-h100.toml --model llama-3.1-8b
 
@@ -61,9 +62,13 @@ pub enum Action {
 #[derive(Args, Clone, Debug)]
 pub struct CalibrateCommand {
     /// Results of servelab bench (a folder of --out, or its result.json) or of vllm bench serve, all of one model on one
-    /// device. Five levels of load or more; two lengths of prompts tell context from sequences.
+    /// device. Five levels of load or more; two lengths of prompts tell context from sequences. A level that was measured
+    /// several times counts as the median.
     #[arg(required = true, value_name = "RESULT")]
     results: Vec<PathBuf>,
+    /// Results of other levels of load, which are predicted and not fitted; may be given again.
+    #[arg(long = "check", value_name = "RESULT")]
+    checks: Vec<PathBuf>,
     /// The GPU that was measured, a profile (TOML), or measured for this machine: what a step's time does not tell, such
     /// as the memory, is taken from it.
     #[arg(long, value_name = "NAME|FILE")]
@@ -146,14 +151,18 @@ pub fn run(command: &SimCommand, out: &mut impl Write) -> Result<(), Error> {
 /// Fits, prints to `out`, writes the profile.
 fn calibrate(command: &CalibrateCommand, out: &mut impl Write) -> Result<(), Error> {
     let base = base(command)?;
-    let measured = read_all(&command.results)?;
+    let measured = read_all(&command.results, None)?;
+    let checks = match command.checks.is_empty() {
+        true => Vec::new(),
+        false => read_all(&command.checks, Some(&measured.model))?.points,
+    };
     let target = target(command, &measured)?;
-    let fit = fit(&target, &measured.points)?;
+    let fit = fit(&target, &measured.points, &checks)?;
     if command.json {
         serde_json::to_writer_pretty(&mut *out, &fit).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
-        write!(out, "{}", text(&fit, &measured.points, &base.name))?;
+        write!(out, "{}", text(&fit, &measured.points, &checks, &base.name))?;
     }
     if let Some(path) = &command.out {
         let profile = profile(base, &fit, measured.points.len());
@@ -219,20 +228,23 @@ fn target(command: &CalibrateCommand, measured: &Measured) -> Result<Target, Err
     Ok(target)
 }
 
-fn read_all(paths: &[PathBuf]) -> Result<Measured, Error> {
+/// All results, which are to be of the same model, and of `model` if one is given.
+fn read_all(paths: &[PathBuf], model: Option<&str>) -> Result<Measured, Error> {
     let mut all: Option<Measured> = None;
     for path in paths {
         let read = read(path)?;
+        let expected = all.as_ref().map(|all| all.model.as_str()).or(model).unwrap_or(&read.model);
+        if read.model != expected {
+            let expected = expected.to_owned();
+            return Err(Error::OtherModel { path: path.clone(), found: read.model, expected });
+        }
         match &mut all {
             None => all = Some(read),
-            Some(all) if all.model == read.model => all.points.extend(read.points),
-            Some(all) => {
-                let (found, expected) = (read.model, all.model.clone());
-                return Err(Error::OtherModel { path: path.clone(), found, expected });
-            }
+            Some(all) => all.points.extend(read.points),
         }
     }
-    all.ok_or(Error::Fit(FitError::TooFew(0)))
+    let all = all.ok_or(Error::Fit(FitError::TooFew(0)))?;
+    Ok(Measured { points: merged(&all.points), ..all })
 }
 
 fn read(path: &Path) -> Result<Measured, Error> {
@@ -380,7 +392,7 @@ fn std(values: &[f64]) -> f64 {
     (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt()
 }
 
-fn text(fit: &Fit, points: &[Point], hardware: &str) -> String {
+fn text(fit: &Fit, points: &[Point], checks: &[Point], hardware: &str) -> String {
     let found = &fit.calibration;
     let mut lines = vec![
         format!("{} points of {} on {} x {hardware}", points.len(), found.model, found.gpus),
@@ -406,14 +418,20 @@ fn text(fit: &Fit, points: &[Point], hardware: &str) -> String {
     ));
     for (index, (point, errors)) in points.iter().zip(&fit.errors).enumerate() {
         let held_out = fit.held_out.get(index).map_or_else(|| "-".to_owned(), percents);
-        let label =
-            format!("{}, {:.0}/{:.0}", point.label, point.input_tokens.mean, point.output_tokens.mean);
-        lines.push(format!("  {label:28} {:>24} {held_out:>26}", percents(errors)));
+        lines.push(format!("  {:28} {:>24} {held_out:>26}", lengths(point), percents(errors)));
+    }
+    for (point, errors) in checks.iter().zip(&fit.checked) {
+        lines.push(format!("  {:28} {:>24} {:>26}", lengths(point), "-", percents(errors)));
     }
     lines.push(String::new());
     lines.push(verdict(fit));
     lines.push(String::new());
     lines.join("\n")
+}
+
+/// Such as `concurrency 8, 512/128`.
+fn lengths(point: &Point) -> String {
+    format!("{}, {:.0}/{:.0}", point.label, point.input_tokens.mean, point.output_tokens.mean)
 }
 
 fn percents(errors: &Errors) -> String {
@@ -422,11 +440,11 @@ fn percents(errors: &Errors) -> String {
 }
 
 fn verdict(fit: &Fit) -> String {
+    let held_out = if fit.checked.is_empty() { &fit.held_out } else { &fit.checked };
     let mean = |figure: fn(&Errors) -> f64| {
-        fit.held_out.iter().map(|errors| 100.0 * figure(errors).abs()).sum::<f64>()
-            / fit.held_out.len() as f64
+        held_out.iter().map(|errors| 100.0 * figure(errors).abs()).sum::<f64>() / held_out.len() as f64
     };
-    match fit.held_out.is_empty() {
+    match held_out.is_empty() {
         true => "no point could be held out: measure one more level of load".to_owned(),
         false => format!(
             "mean held-out error: TTFT {:.1} %, TPOT {:.1} %, req/s {:.1} %",
@@ -451,6 +469,42 @@ mod tests {
     #[test]
     fn times_are_shown_in_the_unit_that_suits_them() {
         assert_eq!([1.5, 2e-3, 3.25e-6, 0.0].map(in_words), ["1.500 s", "2.000 ms", "3.250 us", "0.000 ps"]);
+    }
+
+    #[test]
+    fn what_is_only_predicted_is_shown_and_judges() {
+        let point = |clients| Point {
+            label: format!("concurrency {clients}"),
+            arrivals: Arrivals::Closed(clients),
+            requests: 8,
+            warm_up: 0,
+            input_tokens: Length { mean: 64.0, std: 0.0 },
+            output_tokens: Length { mean: 32.0, std: 0.0 },
+            requests_per_second: 1.0,
+            ttft_seconds: 0.1,
+            tpot_seconds: 0.02,
+        };
+        let errors = |ttft| Errors { ttft, tpot: 0.0, requests_per_second: 0.0 };
+        let fit = Fit {
+            calibration: servelab_sim::Calibration {
+                model: "m".into(),
+                gpus: 1,
+                step_seconds: 0.02,
+                decode_seconds: 0.0,
+                context_token_seconds: 0.0,
+                prefill_step_seconds: 0.0,
+                prefill_token_seconds: 0.0,
+                prefill_pair_seconds: 0.0,
+                request_seconds: 0.0,
+            },
+            unseen: Vec::new(),
+            errors: vec![errors(0.01)],
+            held_out: vec![errors(0.3)],
+            checked: vec![errors(-0.05)],
+        };
+        let text = text(&fit, &[point(1)], &[point(3)], "h");
+        assert!(text.contains("concurrency 3, 64/32") && text.contains("-5.0 %"), "{text}");
+        assert!(text.contains("mean held-out error: TTFT 5.0 %"), "{text}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::pods::{Phase, Pods};
 use crate::scrape::Prometheus;
 
 /// Manifests that come with the program: the good ones, and the usual mistakes.
-const PRESETS: [(&str, &str); 8] = [
+const PRESETS: [(&str, &str); 9] = [
     ("queue", include_str!("../data/scalers/queue.yaml")),
     ("concurrency", include_str!("../data/scalers/concurrency.yaml")),
     ("from-zero", include_str!("../data/scalers/from-zero.yaml")),
@@ -17,6 +17,7 @@ const PRESETS: [(&str, &str); 8] = [
     ("gpu-utilisation", include_str!("../data/scalers/gpu-utilisation.yaml")),
     ("cpu", include_str!("../data/scalers/cpu.yaml")),
     ("overshoot", include_str!("../data/scalers/overshoot.yaml")),
+    ("never-wakes", include_str!("../data/scalers/never-wakes.yaml")),
 ];
 
 /// The names of the manifests that come with the program.

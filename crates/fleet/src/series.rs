@@ -90,7 +90,8 @@ impl ByArrival {
 
     pub fn mean(&self) -> f64 {
         let all = self.all();
-        all.iter().sum::<f64>() / (all.len() as f64).max(1.0)
+        // The sum of nothing is -0, which would be printed.
+        (0.0 + all.iter().sum::<f64>()) / (all.len() as f64).max(1.0)
     }
 
     /// Of each row, in order.

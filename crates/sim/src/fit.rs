@@ -59,6 +59,8 @@ pub struct Fit {
     pub errors: Vec<Errors>,
     /// Of each point with the fit to all the others; empty if those are too few.
     pub held_out: Vec<Errors>,
+    /// Of each point that was given to be predicted only.
+    pub checked: Vec<Errors>,
 }
 
 /// What the fit says of a point's load over what was measured, less 1.
@@ -106,19 +108,59 @@ const PROBE: f64 = 0.03;
 /// The part of what a coefficient does that others cannot do, below which it counts as unseen: measured points carry
 /// noise of a few percent.
 const LEAST_NEW_PART: f64 = 0.05;
+/// Of mean lengths that still count as the same load.
+const MOST_LENGTH_RATIO: f64 = 1.3;
 /// A replay of more requests tells little more.
 const MOST_REQUESTS: u32 = 400;
 const TURNS: u32 = 6;
 
-/// Fits `points`, all measured on `target`.
+/// One point for each load: what was measured several times counts as the median of each figure, so that a stall of
+/// the machine does not. The order is that of their first ones.
+pub fn merged(points: &[Point]) -> Vec<Point> {
+    let mut loads: Vec<Vec<&Point>> = Vec::new();
+    for point in points {
+        match loads.iter_mut().find(|load| load[0].is_same_load(point)) {
+            Some(load) => load.push(point),
+            None => loads.push(vec![point]),
+        }
+    }
+    loads.iter().map(|load| median_point(load)).collect()
+}
+
+fn median_point(load: &[&Point]) -> Point {
+    let of = |figure: fn(&Point) -> f64| {
+        let mut values: Vec<f64> = load.iter().map(|point| figure(point)).collect();
+        values.sort_by(f64::total_cmp);
+        f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
+    };
+    Point {
+        label: load[0].label.clone(),
+        arrivals: load[0].arrivals,
+        requests: of(|point| point.requests.into()) as u32,
+        warm_up: of(|point| point.warm_up.into()) as u32,
+        input_tokens: Length {
+            mean: of(|point| point.input_tokens.mean),
+            std: of(|point| point.input_tokens.std),
+        },
+        output_tokens: Length {
+            mean: of(|point| point.output_tokens.mean),
+            std: of(|point| point.output_tokens.std),
+        },
+        requests_per_second: of(|point| point.requests_per_second),
+        ttft_seconds: of(|point| point.ttft_seconds),
+        tpot_seconds: of(|point| point.tpot_seconds),
+    }
+}
+
+/// Fits `points`, all measured on `target`, and predicts `checks`, measured there too.
 ///
 /// # Errors
 /// If the points are too few or impossible.
-pub fn fit(target: &Target, points: &[Point]) -> Result<Fit, FitError> {
+pub fn fit(target: &Target, points: &[Point], checks: &[Point]) -> Result<Fit, FitError> {
     if points.len() < LEAST_POINTS {
         return Err(FitError::TooFew(points.len()));
     }
-    points.iter().try_for_each(check)?;
+    points.iter().chain(checks).try_for_each(check)?;
     let all: Vec<&Point> = points.iter().collect();
     let search = Search { target, points: &all };
     let found = search.improve(first_guess(target, points), ROUNDS)?;
@@ -130,12 +172,15 @@ pub fn fit(target: &Target, points: &[Point]) -> Result<Fit, FitError> {
             held_out.push(target.errors(&found.coefficients, point)?);
         }
     }
-    let errors: Result<_, _> = points.iter().map(|point| target.errors(&found.coefficients, point)).collect();
+    let errors = |points: &[Point]| -> Result<Vec<Errors>, ConfigError> {
+        points.iter().map(|point| target.errors(&found.coefficients, point)).collect()
+    };
     Ok(Fit {
         calibration: target.calibration(&found.coefficients),
         unseen: (0..COEFFICIENTS).filter(|index| !found.seen[*index]).map(|index| NAMES[index]).collect(),
-        errors: errors?,
+        errors: errors(points)?,
         held_out,
+        checked: errors(checks)?,
     })
 }
 
@@ -234,6 +279,17 @@ struct Predicted {
 }
 
 impl Point {
+    /// Whether another measurement was one of the same load; lengths are random within it.
+    fn is_same_load(&self, other: &Self) -> bool {
+        let is_near = |a: Length, b: Length| {
+            let ratio = a.mean / b.mean;
+            (1.0 / MOST_LENGTH_RATIO..=MOST_LENGTH_RATIO).contains(&ratio)
+        };
+        self.arrivals == other.arrivals
+            && is_near(self.input_tokens, other.input_tokens)
+            && is_near(self.output_tokens, other.output_tokens)
+    }
+
     fn load(&self) -> Load {
         let enough = match self.arrivals {
             Arrivals::Closed(clients) => MOST_REQUESTS.max(clients.saturating_mul(TURNS)),

@@ -9,7 +9,7 @@ use servelab_sim::{HardwareProfile, ModelShape};
 use tokio_util::sync::CancellationToken;
 
 use super::expect::Prefill;
-use super::measurement::{Finding, Interval, Prediction, PredictionKind};
+use super::measurement::{Circumstances, Finding, Interval, Prediction, PredictionKind};
 use super::mfu::Mfu;
 use super::replica::{Launcher, Replica};
 use super::{ExperimentError, ExperimentId};
@@ -26,6 +26,8 @@ use crate::vocabulary::{FormChoice, discover};
 
 /// Who watches.
 pub trait Observer {
+    /// From here on experiments are about something else, or about the first thing.
+    fn turns_to(&mut self, circumstances: &Circumstances);
     fn begins(&mut self, experiment: ExperimentId, number: usize, of: usize);
     /// What is expected, said before it is measured.
     fn predicts(&mut self, label: &str, unit: Unit, prediction: &Prediction);
@@ -57,7 +59,7 @@ pub struct Lab<'a> {
     max_model_len: u32,
     pace: Option<Pace>,
     next_stream: u64,
-    /// Of all servers of the experiment.
+    /// Of all servers of the experiment; the commands of one that simulates.
     pub flags: Vec<String>,
     pub findings: Vec<Finding>,
 }
@@ -107,6 +109,13 @@ impl<'a> Lab<'a> {
             flags: Vec::new(),
             findings: Vec::new(),
         }
+    }
+
+    /// Ends what was begun with another subject.
+    pub async fn turn_to(&mut self, subject: &'a Subject) {
+        self.stop().await;
+        self.subject = subject;
+        (self.pool, self.pace) = (None, None);
     }
 
     pub fn observer(&mut self) -> &mut dyn Observer {

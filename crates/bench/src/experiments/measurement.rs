@@ -14,6 +14,9 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// A measurement may be beyond its limit by that much: peaks in data sheets are rounded.
 const TOLERANCE: f64 = 0.02;
 
+/// What the name of simulated hardware begins with.
+pub const SIMULATED: &str = "simulated ";
+
 /// From here on a machine counts as busy.
 const BUSY_SHARE: f64 = 0.3;
 
@@ -25,7 +28,7 @@ pub struct Measurement {
     pub unix_seconds: u64,
     pub took_seconds: f64,
     pub circumstances: Circumstances,
-    /// Flags of the servers that were started, besides those for the model.
+    /// Flags of the servers that were started, besides those for the model; of a simulation its commands.
     pub server_flags: Vec<String>,
     pub findings: Vec<Finding>,
     /// Of the batch ladder.
@@ -36,25 +39,37 @@ pub struct Measurement {
 /// Where and with what a measurement was made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Circumstances {
-    /// The name of the hardware under the model.
+    /// The name of the hardware under the model; of a simulated one it says so.
     pub hardware: String,
     /// Whether that is a GPU.
     pub is_gpu: bool,
     /// What it can do, measured or from its data sheet; predictions come from here.
     pub limits: HardwareProfile,
     pub model: ModelShape,
-    /// Where the weights are from: `demo checkpoint`, `random weights`, or the checkpoint's name.
+    /// Where the weights are from: `demo checkpoint`, `random weights`, `no weights`, or the checkpoint's name.
     pub weights: String,
-    pub os: String,
     /// How busy other programs kept each processor in the minute before; 1 is all of it. `None` where nobody tells.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_share: Option<f64>,
+    #[serde(flatten)]
+    pub origin: Origin,
+}
+
+/// The program that measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    pub os: String,
     pub tool_version: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_commit: Option<String>,
 }
 
 impl Circumstances {
+    /// Whether they are of a simulation in virtual time.
+    pub fn is_simulated(&self) -> bool {
+        self.hardware.starts_with(SIMULATED)
+    }
+
     /// Whether others took so much of the machine that times are too long.
     pub fn is_busy(&self) -> bool {
         self.busy_share.is_some_and(|share| share > BUSY_SHARE)

@@ -66,6 +66,20 @@ impl Launcher {
         }
     }
 
+    /// What a command of the program prints. It ends with the future.
+    ///
+    /// # Errors
+    /// If it does not succeed; what it said last is in the error.
+    pub async fn output(&self, arguments: &[&str]) -> Result<Vec<u8>, ExperimentError> {
+        let failed = |reason: String| ExperimentError::Simulation(reason);
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+        #[cfg(unix)]
+        command.process_group(0);
+        let output = command.output().await.map_err(|source| failed(source.to_string()))?;
+        if output.status.success() { Ok(output.stdout) } else { Err(failed(last_line(&output.stderr))) }
+    }
+
     async fn wait_until_ready(
         &self,
         child: Child,
@@ -120,7 +134,11 @@ async fn complaint(mut child: Child) -> String {
         let read = async { errors.take(MOST_COMPLAINT_BYTES).read_to_end(&mut said).await };
         let _ = tokio::time::timeout(Duration::from_secs(2), read).await;
     }
-    let said = String::from_utf8_lossy(&said);
+    last_line(&said)
+}
+
+fn last_line(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
     let line = said.lines().map(str::trim).rfind(|line| !line.is_empty());
     line.map_or_else(|| "it ended without a word".to_owned(), str::to_owned)
 }
@@ -201,6 +219,14 @@ mod tests {
         assert_eq!(metrics.label("servelab_cache_config_info", "cache_dtype"), Some("bf16"));
         let error = metrics.value("servelab_model", "").unwrap_err().to_string();
         assert!(error.contains("servelab_model"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_command_that_fails_is_told_with_what_it_says() {
+        let launcher = Launcher { program: "/bin/sh".into(), arguments: vec!["-c".into()] };
+        assert_eq!(launcher.output(&["echo out; echo progress >&2"]).await.unwrap(), b"out\n");
+        let error = launcher.output(&["echo half; echo 'no such flag' >&2; exit 2"]).await.unwrap_err();
+        assert_eq!(error.to_string(), "the simulation failed: no such flag");
     }
 
     #[tokio::test]

@@ -98,14 +98,14 @@ pub fn check(path: &Path) -> Result<(), StoreError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use servelab_sim::{Dtype, HardwareProfile};
 
     use super::*;
-    use crate::experiments::{Circumstances, ExperimentId};
+    use crate::experiments::{Circumstances, ExperimentId, Origin};
     use crate::ledger::Ledger;
 
-    fn measurement(unix_seconds: u64) -> Measurement {
+    pub fn measurement(unix_seconds: u64) -> Measurement {
         Measurement {
             schema_version: SCHEMA_VERSION,
             experiment: ExperimentId::KvBytes,
@@ -117,10 +117,8 @@ mod tests {
                 limits: HardwareProfile::measured(1e10, 2e10, Dtype::Bf16, 5e11).unwrap(),
                 model: Ledger::load().unwrap().models["llama-3.1-8b"].clone(),
                 weights: "random weights".into(),
-                os: "linux".into(),
                 busy_share: Some(0.5),
-                tool_version: "0.1.0".into(),
-                tool_commit: None,
+                origin: Origin { os: "linux".into(), tool_version: "0.1.0".into(), tool_commit: None },
             },
             server_flags: vec!["--kv-memory".into(), "1MiB".into()],
             findings: Vec::new(),

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use servelab_sim::Dtype;
 
 /// A model on GPUs.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct On {
     /// A model of the ledger; absent: the one that the reader chose.

@@ -253,7 +253,11 @@ impl Inputs<'_> {
         let shape = self.subject(on)?.shape;
         let hardware = self.hardware(on.hardware.as_deref())?;
         let room = shape.max_context_tokens.saturating_sub(DEFAULT.output_tokens).max(1);
-        let assumptions = Assumptions { input_tokens: DEFAULT.input_tokens.min(room), ..DEFAULT };
+        let assumptions = Assumptions {
+            input_tokens: DEFAULT.input_tokens.min(room),
+            gpus_per_replica: on.gpus,
+            ..DEFAULT
+        };
         let plan = planner::plan(&shape, &hardware, &assumptions)?;
         Ok(Computed {
             value: plan.fleet.gpus as f64,

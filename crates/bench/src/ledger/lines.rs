@@ -40,7 +40,7 @@ fn measured(row: &RowView) -> Vec<String> {
 /// Why there is nothing, and what would help.
 pub fn not_measured(row: &RowView) -> String {
     match (row.experiment, row.needs) {
-        (Some(_), Needs::ThisMachine) => format!("not yet: servelab numbers run {}", row.id),
+        (Some(_), Needs::ThisMachine | Needs::Fleet) => format!("not yet: servelab numbers run {}", row.id),
         (_, Needs::Nothing) => "arithmetic is enough".to_owned(),
         (_, needs) => format!("needs {}", needs.describe()),
     }

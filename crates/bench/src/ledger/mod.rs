@@ -88,7 +88,8 @@ impl Ledger {
         })
     }
 
-    fn inputs<'a>(&'a self, chosen: &'a Chosen) -> Inputs<'a> {
+    /// What calculations need, for a model and hardware that a reader chose.
+    pub fn inputs<'a>(&'a self, chosen: &'a Chosen) -> Inputs<'a> {
         Inputs { models: &self.models, chosen }
     }
 }

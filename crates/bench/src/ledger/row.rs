@@ -131,6 +131,8 @@ pub enum Needs {
     OneGpu,
     /// Simulated, or a real one.
     Fleet,
+    /// To tell which questions mean the same.
+    Embeddings,
 }
 
 impl Needs {
@@ -140,6 +142,7 @@ impl Needs {
             Self::ThisMachine => "this machine",
             Self::OneGpu => "one GPU",
             Self::Fleet => "a fleet, real or simulated",
+            Self::Embeddings => "an embedding model and labelled questions",
         }
     }
 }

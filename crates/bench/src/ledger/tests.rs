@@ -101,8 +101,11 @@ fn rows_with_an_experiment_say_what_of_it_they_show() {
         for key in &row.shows {
             assert!(known.contains(&key.as_str()), "{}: {key}", row.id);
         }
-        if row.needs == Needs::ThisMachine {
+        if matches!(row.needs, Needs::ThisMachine | Needs::Fleet) {
             assert!(row.experiment.is_some(), "{} can be measured here, but by what?", row.id);
+        }
+        if let Some(experiment) = row.experiment {
+            assert_eq!(experiment.is_simulated(), row.needs == Needs::Fleet, "{}", row.id);
         }
     }
 }
@@ -207,10 +210,12 @@ fn measurement(hardware: &str, unix_seconds: u64, half_batch: f64) -> Measuremen
             limits: HardwareProfile::named("l4").unwrap(),
             model,
             weights: "random weights".into(),
-            os: "linux".into(),
             busy_share: None,
-            tool_version: "0.1.0".into(),
-            tool_commit: Some("abc".into()),
+            origin: Origin {
+                os: "linux".into(),
+                tool_version: "0.1.0".into(),
+                tool_commit: Some("abc".into()),
+            },
         },
         server_flags: vec![],
         findings: vec![

@@ -216,7 +216,7 @@ fn measured_view(row: &Row, measurement: &Measurement) -> MeasuredView {
         model: circumstances.model.name.clone(),
         weights: circumstances.weights.clone(),
         date: date(measurement.unix_seconds),
-        commit: circumstances.tool_commit.clone(),
+        commit: circumstances.origin.tool_commit.clone(),
         is_busy: circumstances.is_busy(),
         findings: row.shows.iter().filter_map(of_key).collect(),
         ladder: measurement.ladder.clone(),

@@ -121,7 +121,8 @@ pub enum Shape {
 #[derive(Args, Clone, Debug, Default)]
 pub struct ScalingArgs {
     /// What scales the fleet: a ScaledObject or HorizontalPodAutoscaler (YAML), or one that comes with the program:
-    /// queue, concurrency, from-zero, kv-use, ttft, gpu-utilisation, cpu, overshoot. Several are compared side by side.
+    /// queue, concurrency, from-zero, kv-use, ttft, gpu-utilisation, cpu, overshoot, never-wakes. Several are compared
+    /// side by side.
     #[arg(long, value_name = "FILE|NAME", help_heading = "Scaling")]
     pub scaler: Vec<String>,
     /// Replicas that are ready when it begins [default: 1, or as few as the scaler may have]; without --scaler the

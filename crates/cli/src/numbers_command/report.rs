@@ -22,11 +22,21 @@ pub struct Report<'a, W> {
     /// The first line that could not be written; there is nobody to tell it to in between.
     broken: Option<io::Error>,
     shows_progress: bool,
+    /// Whether nothing was said yet.
+    is_first: bool,
+    /// How the numbers came about.
+    verb: &'static str,
 }
 
 impl<'a, W: Write> Report<'a, W> {
     pub fn new(out: &'a mut W) -> Self {
-        Self { out, broken: None, shows_progress: io::stderr().is_terminal() }
+        Self {
+            out,
+            broken: None,
+            shows_progress: io::stderr().is_terminal(),
+            is_first: true,
+            verb: "measured",
+        }
     }
 
     fn line(&mut self, text: &str) {
@@ -59,7 +69,7 @@ impl<'a, W: Write> Report<'a, W> {
     }
 
     /// What is measured, and with what.
-    pub fn title(&mut self, circumstances: &Circumstances) -> io::Result<()> {
+    fn title(&mut self, circumstances: &Circumstances) {
         let (model, limits) = (&circumstances.model, &circumstances.limits);
         let title = format!(
             "{}, {}: {} parameters in {}, KV in {}; on {}",
@@ -92,7 +102,6 @@ impl<'a, W: Write> Report<'a, W> {
                 self.line(&line);
             }
         }
-        self.check()
     }
 
     /// The rows that were not measured, and what they need.
@@ -124,6 +133,14 @@ impl<'a, W: Write> Report<'a, W> {
 }
 
 impl<W: Write> Observer for Report<'_, W> {
+    fn turns_to(&mut self, circumstances: &Circumstances) {
+        if !std::mem::replace(&mut self.is_first, false) {
+            self.line("");
+        }
+        self.title(circumstances);
+        self.verb = if circumstances.is_simulated() { "simulated" } else { "measured" };
+    }
+
     fn begins(&mut self, experiment: ExperimentId, number: usize, of: usize) {
         self.line("");
         self.line(&format!("[{number}/{of}] {}: {}", experiment.name(), experiment.question()));
@@ -149,7 +166,7 @@ impl<W: Write> Observer for Report<'_, W> {
 
     fn found(&mut self, finding: &Finding) {
         let comparison = finding.comparison_text().map(|text| format!("; {text}")).unwrap_or_default();
-        self.labelled("measured", &format!("{}: {}{comparison}", finding.label, finding.measured_text()));
+        self.labelled(self.verb, &format!("{}: {}{comparison}", finding.label, finding.measured_text()));
         if let Some(note) = &finding.note {
             self.labelled("", &format!("({note})"));
         }

@@ -2,9 +2,12 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use clap::Args;
-use servelab_bench::experiments::{self, Circumstances, ExperimentId, Launcher, Subject, store};
+use servelab_bench::experiments::{
+    self, Circumstances, ExperimentId, Launcher, Origin, Subject, Task, fleet, store,
+};
 use servelab_bench::ledger::{Ledger, Needs, Row};
 use servelab_model::cuda::gpu::{Gpu, GpuInfo};
 use servelab_model::presets;
@@ -53,6 +56,9 @@ pub struct RunCommand {
     results: Option<PathBuf>,
 }
 
+/// What an experiment is about, and where it is measured.
+type About = (Subject, Circumstances);
+
 /// What is to be run, and the rows that this machine cannot answer.
 #[derive(Debug, PartialEq, Eq)]
 struct Wanted {
@@ -63,17 +69,23 @@ struct Wanted {
 pub fn run(command: &RunCommand, out: &mut impl Write) -> Result<(), Error> {
     let ledger = Ledger::load()?;
     // Names are looked at first: to be told of a slip after minutes would be late.
-    wanted(&ledger, &command.ids, true)?;
+    let named = wanted(&ledger, &command.ids, true)?;
+    let is_simulated = named.experiments.iter().all(|experiment| experiment.is_simulated());
+    if let (true, Some(option)) = (is_simulated, first_of_this_machine(command)) {
+        return Err(Error::OfThisMachine { option });
+    }
     let path = results_file(command.results.as_deref())?;
     store::check(&path)?;
-    let (subject, circumstances) = prepare(command)?;
-    let wanted = wanted(&ledger, &command.ids, subject.is_gpu)?;
+    let here = if is_simulated { None } else { Some(prepare(command)?) };
+    let is_gpu = here.as_ref().is_some_and(|(subject, _)| subject.is_gpu);
+    let wanted = wanted(&ledger, &command.ids, is_gpu)?;
+    let subjects = subjects(&wanted.experiments, here)?;
+    let tasks = subjects.iter().map(|(experiment, about)| {
+        let (subject, circumstances) = &**about;
+        Task { experiment: *experiment, subject, circumstances }
+    });
     let mut report = Report::new(out);
-    if !wanted.experiments.is_empty() {
-        report.title(&circumstances)?;
-    }
-    let outcome = measure(&wanted.experiments, &subject, &circumstances, &path, &mut report);
-    let (kept, interrupted) = outcome?;
+    let (kept, interrupted) = measure(&tasks.collect::<Vec<_>>(), &path, &mut report)?;
     if interrupted {
         return Err(Error::Interrupted { kept, path });
     }
@@ -85,9 +97,7 @@ pub fn run(command: &RunCommand, out: &mut impl Write) -> Result<(), Error> {
 
 /// Runs them until they end or a signal comes; then what runs is dropped, and the server with it.
 fn measure<W: Write>(
-    experiments: &[ExperimentId],
-    subject: &Subject,
-    circumstances: &Circumstances,
+    tasks: &[Task<'_>],
     path: &Path,
     report: &mut Report<'_, W>,
 ) -> Result<(usize, bool), Error> {
@@ -100,7 +110,7 @@ fn measure<W: Write>(
     };
     let interrupted = runtime.block_on(async {
         tokio::select! {
-            outcome = experiments::run_all(experiments, subject, circumstances, report, &mut keep) => outcome.map(|()| false),
+            outcome = experiments::run_all(tasks, report, &mut keep) => outcome.map(|()| false),
             () = crate::signals::stop() => Ok(true),
         }
     })?;
@@ -108,13 +118,52 @@ fn measure<W: Write>(
     Ok((kept, interrupted))
 }
 
+/// What each experiment is about: what it simulates, or this machine.
+fn subjects(
+    experiments: &[ExperimentId],
+    here: Option<About>,
+) -> Result<Vec<(ExperimentId, Rc<About>)>, Error> {
+    let here = here.map(Rc::new);
+    let mut subjects = Vec::new();
+    for experiment in experiments {
+        let simulated = fleet::subject(*experiment, program()?, origin())?;
+        let about = simulated.map(Rc::new).or_else(|| here.clone());
+        subjects.extend(about.map(|about| (*experiment, about)));
+    }
+    Ok(subjects)
+}
+
+fn program() -> Result<PathBuf, Error> {
+    Ok(std::env::current_exe()?)
+}
+
+fn origin() -> Origin {
+    Origin {
+        os: machine::describe().os,
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        tool_commit: option_env!("SERVELAB_COMMIT").map(str::to_owned),
+    }
+}
+
+/// A flag that says something of this machine or its model.
+fn first_of_this_machine(command: &RunCommand) -> Option<&'static str> {
+    let given = [
+        ("model", command.model.is_some()),
+        ("device", command.device.is_some()),
+        ("threads", command.threads.is_some()),
+        ("hardware", command.hardware.is_some()),
+        ("dollars-per-hour", command.dollars_per_hour.is_some()),
+    ];
+    given.into_iter().find_map(|(option, is_given)| is_given.then_some(option))
+}
+
 // ---- which ----
 
 fn wanted(ledger: &Ledger, ids: &[String], is_gpu: bool) -> Result<Wanted, Error> {
     let here = |row: &Row| match row.needs {
-        Needs::ThisMachine => true,
+        Needs::ThisMachine | Needs::Fleet => true,
         Needs::OneGpu => is_gpu,
-        Needs::Nothing | Needs::Fleet => false,
+        Needs::Nothing | Needs::Embeddings => false,
     };
     let mut wanted = Wanted { experiments: Vec::new(), others: Vec::new() };
     let mut add = |experiment: Option<ExperimentId>, row: Option<&Row>| match (experiment, row) {
@@ -151,7 +200,7 @@ fn unknown(ledger: &Ledger, id: &str) -> Error {
 
 // ---- on what ----
 
-fn prepare(command: &RunCommand) -> Result<(Subject, Circumstances), Error> {
+fn prepare(command: &RunCommand) -> Result<About, Error> {
     let price = command.dollars_per_hour;
     if let Some(price) = price.filter(|price| !(1e-6..=1e5).contains(price)) {
         let rule = "from 0.000001 to 100000 dollars";
@@ -173,7 +222,7 @@ fn prepare(command: &RunCommand) -> Result<(Subject, Circumstances), Error> {
     let limits = limits(command, gpu.as_ref(), settings.engine.threads, &model)?;
     let is_gpu = gpu.is_some();
     let subject = Subject {
-        launcher: Launcher { program: std::env::current_exe()?, arguments: arguments(&typed, is_gpu) },
+        launcher: Launcher { program: program()?, arguments: arguments(&typed, is_gpu) },
         model: model.clone(),
         hardware: limits.clone(),
         is_gpu,
@@ -185,10 +234,8 @@ fn prepare(command: &RunCommand) -> Result<(Subject, Circumstances), Error> {
         limits,
         weights: weights(&typed).to_owned(),
         model,
-        os: machine::describe().os,
         busy_share: busy_share(),
-        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
-        tool_commit: option_env!("SERVELAB_COMMIT").map(str::to_owned),
+        origin: origin(),
     };
     Ok((subject, circumstances))
 }
@@ -305,14 +352,17 @@ mod tests {
     #[test]
     fn rows_that_need_more_are_named_and_not_run() {
         let ledger = Ledger::load().unwrap();
-        let asked = ids(&["decode-7b", "least-req", "kv-mha"]);
+        let asked = ids(&["decode-7b", "semantic", "kv-mha"]);
         let found = wanted(&ledger, &asked, false).unwrap();
         assert_eq!((found.experiments.len(), found.others), (0, asked.clone()));
         let found = wanted(&ledger, &asked, true).unwrap();
         assert_eq!(found.experiments, [ExperimentId::BatchLadder]);
         let all = wanted(&ledger, &[], false).unwrap();
         assert_eq!(all.experiments, ExperimentId::ALL);
-        assert!(all.others.contains(&"decode-70b".to_owned()) && !all.others.contains(&"knee-32".to_owned()));
+        assert!(
+            all.others.contains(&"decode-7b".to_owned()) && !all.others.contains(&"least-req".to_owned())
+        );
+        assert!(!all.others.contains(&"knee-32".to_owned()));
         let error = wanted(&ledger, &ids(&["knee-33"]), false).unwrap_err().to_string();
         assert!(error.contains("\"knee-33\"") && error.contains("knee-32") && error.contains("prefix-hit"));
     }

@@ -1,7 +1,7 @@
 //! Calibration against a truth that is known: points measured in virtual time over the real engine.
 
 use servelab_engine::EngineConfig;
-use servelab_sim::fit::{Errors, Fit, FitError, Point, Target, fit};
+use servelab_sim::fit::{Errors, Fit, FitError, Point, Target, fit, merged};
 use servelab_sim::replay::{Arrivals, Length, Load, Measured, replay};
 use servelab_sim::{Calibration, CostModel};
 
@@ -83,7 +83,7 @@ fn point(load: Load) -> Point {
 
 fn fitted(loads: &[Load]) -> Fit {
     let points: Vec<Point> = loads.iter().map(|load| point(*load)).collect();
-    fit(&target(), &points).unwrap()
+    fit(&target(), &points, &[]).unwrap()
 }
 
 fn close(found: f64, truth: f64, share: f64) -> bool {
@@ -131,6 +131,30 @@ fn a_calibrated_device_behaves_like_the_measured_one_at_other_concurrencies() {
     }
 }
 
+/// A load that was measured again is no load more, and a measurement that a stall spoilt does not count.
+#[test]
+fn what_was_measured_several_times_is_one_point() {
+    let good = point(closed(4, 512, 128));
+    let other = point(closed(4, 2048, 128));
+    let stalled = Point { ttft_seconds: 10.0 * good.ttft_seconds, requests: 1, ..good.clone() };
+    let longer = Length { mean: 1.1 * good.input_tokens.mean, ..good.input_tokens };
+    let again = Point { input_tokens: longer, ..good.clone() };
+    let merged = merged(&[good.clone(), other.clone(), stalled, again]);
+    assert_eq!(merged, [good, other]);
+}
+
+/// Points that are only predicted change nothing of the fit.
+#[test]
+fn other_loads_are_predicted_and_not_fitted() {
+    let points = [1, 2, 8, 24, 48].map(|clients| point(closed(clients, 512, 128)));
+    let checks = [4, 16, 36].map(|clients| point(closed(clients, 512, 128)));
+    let (plain, checked) = (fit(&target(), &points, &[]).unwrap(), fit(&target(), &points, &checks).unwrap());
+    assert_eq!(checked.calibration, plain.calibration);
+    assert!(checked.checked.len() == 3 && within(&checked.checked, 0.1), "{checked:#?}");
+    let beyond = Point { ttft_seconds: -1.0, ..checks[0].clone() };
+    assert!(fit(&target(), &points, &[beyond]).is_err());
+}
+
 /// With one length of prompt and answer nothing tells tokens of context from sequences.
 #[test]
 fn what_the_points_cannot_tell_is_named_and_left_out() {
@@ -143,11 +167,11 @@ fn what_the_points_cannot_tell_is_named_and_left_out() {
 #[test]
 fn points_that_cannot_be_are_refused_by_name() {
     let points: Vec<Point> = [1, 2, 4].map(|clients| point(closed(clients, 64, 16))).into();
-    assert_eq!(fit(&target(), &points[..2]), Err(FitError::TooFew(2)));
+    assert_eq!(fit(&target(), &points[..2], &[]), Err(FitError::TooFew(2)));
     let with = |change: fn(&mut Point)| {
         let mut points = points.clone();
         change(&mut points[1]);
-        fit(&target(), &points).unwrap_err().to_string()
+        fit(&target(), &points, &[]).unwrap_err().to_string()
     };
     assert!(with(|point| point.tpot_seconds = 0.0).contains("mean TPOT is 0; it must be a positive number"));
     assert!(with(|point| point.ttft_seconds = f64::NAN).contains("mean TTFT is NaN"));
