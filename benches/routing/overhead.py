@@ -5,15 +5,12 @@
 
 Two backends with nothing to do (crates/router/examples/instant_server.rs: an answer at once) stand behind every proxy;
 `servelab bench` is the client. All share the machine's cores. The targets take turns round by round, so that a change
-in the machine's load meets all of them; what the router carries, what it adds at half of that, and the same without it
-come right after one another. For each target and round:
+in the machine's load meets all of them. For each target and round:
 
 - closed loop, CLIENTS clients, answers of one token: requests a second, and the proxy's processor time of each
-- open loop at half the rate that the router carried in the same round: time to the first token, p50 and p99; what a
-  proxy adds is its figure less that of the same round without a proxy. A peer that cannot carry that rate fails requests,
-  which the table counts, and its times are those of the rest. Many short rounds rather than few long ones: on a machine
-  that others use as well a stall of some milliseconds decides the p99 of the load that it falls into, so most are to be
-  without one
+- open loop at half the rate that the proxy carried just before, with it and without it: time to the first token, p50 and
+  p99; what a proxy adds is the difference. Many short rounds rather than few long ones: on a machine that others use as
+  well a stall of some milliseconds decides the p99 of the load that it falls into, so most are to be without one
 - closed loop, streams of TOKENS tokens: the proxy's processor time of a token
 
 `--sglang-router` is the launcher of the PyPI package sglang-router (`smg launch`), nginx Debian's nginx-light; one that
@@ -109,7 +106,8 @@ def start_nginx(options, replicas, scratch):
         return Running(command, stdout=log, stderr=log), f"http://127.0.0.1:{port}"
 
 
-OURS = ("no proxy", "servelab route")
+DIRECT = "no proxy"
+OURS = (DIRECT, "servelab route")
 PROXIES = {"servelab route": start_servelab, "sglang-router": start_sglang, "nginx": start_nginx}
 
 
@@ -145,11 +143,17 @@ def load(options, url, proxy, tokens, how, is_ours=True):
     }
 
 
+def order(items, number):
+    """Another first one each round."""
+    at = number % len(items)
+    return items[at:] + items[:at]
+
+
 def measure(options, scratch):
     backends = [listening([options.backend]) for _ in range(2)]
     replicas = [url for _, url in backends]
     running = [process for process, _ in backends]
-    targets, left_out = {"no proxy": (None, replicas[0])}, {}
+    targets, left_out = {DIRECT: (None, replicas[0])}, {}
     try:
         for name, start in PROXIES.items():
             program = {"sglang-router": options.sglang_router, "nginx": options.nginx}.get(name)
@@ -173,22 +177,20 @@ def measure(options, scratch):
                 found[name][kind] = load(options, url, process, tokens, how, name in OURS)
 
             closed = ["--concurrency", CLIENTS]
-            take("servelab route", "saturated", 1, closed)
-            # Half of what the router has just carried, and what it adds beside what was there without it, before the
-            # machine changes its pace.
-            rate = found["servelab route"]["saturated"]["requests_per_second"] / 2
-            half = ["--rate", f"{rate:.1f}"]
-            for name in OURS if number % 2 else reversed(OURS):
-                take(name, "half", 1, half)
-            for name in targets:
-                if name not in OURS:
+            for name in order(list(targets), number):
+                if name != DIRECT:
                     take(name, "saturated", 1, closed)
-                    take(name, "half", 1, half)
+                    # Half of what it has just carried, and the same without it, before the machine changes its pace.
+                    half = ["--rate", f"{found[name]['saturated']['requests_per_second'] / 2:.1f}"]
+                    for kind, of in order([("half", name), ("direct", DIRECT)], number):
+                        process, url = targets[of]
+                        found[name][kind] = load(options, url, process, 1, half, name in OURS)
+                else:
+                    take(name, "saturated", 1, closed)
                 take(name, "streams", TOKENS, closed)
-            take("no proxy", "saturated", 1, closed)
-            print(number + 1, f"{rate:.0f}/s", json.dumps(found), file=sys.stderr, flush=True)
-            rounds.append({"rate_at_half": rate, "targets": found})
-        versions = {name: version(name, options) for name in targets if name != "no proxy"}
+            print(number + 1, json.dumps(found), file=sys.stderr, flush=True)
+            rounds.append(found)
+        versions = {name: version(name, options) for name in targets if name != DIRECT}
         return {"rounds": rounds, "versions": versions, "left_out": left_out}
     finally:
         for process in reversed(running):
@@ -197,20 +199,19 @@ def measure(options, scratch):
 
 def cells(rounds, name):
     """What the table shows of a target: the median over the rounds."""
-    rounds = [found["targets"] for found in rounds]
     middle = lambda values: statistics.median(list(values))
     of = lambda load, key: middle(found[name][load][key] for found in rounds)
+    loads = [load for load in rounds[0][name] if load != "direct"]
     row = {
         "requests_per_second": of("saturated", "requests_per_second"),
-        "ttft_p50_ms": of("half", "ttft_p50_ms"),
-        "ttft_p99_ms": of("half", "ttft_p99_ms"),
-        "failed": sum(found[name][load]["failed"] for found in rounds for load in ("saturated", "half", "streams")),
+        "failed": sum(found[name][load]["failed"] for found in rounds for load in loads),
         "stream_tokens_per_second": TOKENS * of("streams", "requests_per_second"),
     }
-    if name != "no proxy":
+    if name != DIRECT:
+        row["rate_at_half"] = of("half", "requests_per_second")
         for quantile in ("p50", "p99"):
             key = f"ttft_{quantile}_ms"
-            added = [found[name]["half"][key] - found["no proxy"]["half"][key] for found in rounds]
+            added = [found[name]["half"][key] - found[name]["direct"][key] for found in rounds]
             row[f"added_{quantile}_ms"] = middle(added)
             row[f"added_{quantile}_ms_range"] = [min(added), max(added)]
         row["cpu_us_saturated"] = of("saturated", "cpu_microseconds_per_request")
@@ -227,15 +228,14 @@ def cells(rounds, name):
 def render(result):
     number = lambda value, digits: "-" if value is None else f"{value:,.{digits}f}"
     spread = lambda row, key: "-" if key not in row else "{:.2f} ({:.2f} to {:.2f})".format(row[key], *row[f"{key}_range"])
-    rates = [found["rate_at_half"] for found in result["rounds"]]
     lines = [
         f"{result['rounds_run']} rounds of {result['seconds']:g} s a load, {result['machine']}, {CLIENTS} clients, prompts of "
         f"{PROMPT_TOKENS} tokens; client, proxy and two backends on the same cores. Medians over the rounds, in brackets "
-        f"the least and the most. Half the rate: {statistics.median(rates):.0f} requests/s ({min(rates):.0f} to {max(rates):.0f}).",
+        f"the least and the most. Half is of what the proxy itself carried; what it adds is over the same load without it.",
         "",
-        "| | requests/s at saturation | CPU us a request | at half the rate: CPU us a request | TTFT p50, ms | p99, ms | "
-        "added p50, ms | added p99, ms | CPU us a streamed token | failed requests |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | requests/s at saturation | CPU us a request | at half: requests/s | CPU us a request | added p50, ms | "
+        "added p99, ms | CPU us a streamed token | failed requests |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["table"].items():
         version = result["versions"].get(name)
@@ -243,9 +243,8 @@ def render(result):
             name + (f" ({version})" if version else ""),
             number(row["requests_per_second"], 0),
             number(row.get("cpu_us_saturated"), 0),
+            number(row.get("rate_at_half"), 0),
             number(row.get("cpu_us_half"), 0),
-            number(row["ttft_p50_ms"], 2),
-            number(row["ttft_p99_ms"], 2),
             spread(row, "added_p50_ms"),
             spread(row, "added_p99_ms"),
             number(row.get("cpu_us_per_token"), 1),
@@ -265,7 +264,7 @@ def main():
         "machine": machine(), "commit": commit(), "build": folder.name, "seconds": options.seconds, "rounds_run": options.rounds,
         "clients": CLIENTS, "prompt_tokens": PROMPT_TOKENS, "stream_tokens": TOKENS,
         **found,
-        "table": {name: cells(found["rounds"], name) for name in ("no proxy", *PROXIES) if name in found["rounds"][0]["targets"]},
+        "table": {name: cells(found["rounds"], name) for name in (DIRECT, *PROXIES) if name in found["rounds"][0]},
     }
     keep(options.out, "overhead", result, render(result))
 

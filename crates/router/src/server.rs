@@ -58,6 +58,7 @@ impl Server {
     pub async fn bind(options: RouterOptions) -> Result<Self, RouteError> {
         let shared = options.limits_redis.clone().map(|redis| Shared::new(redis, options.metrics.clone()));
         let app = Arc::new(App::new(&options, shared.transpose()?)?);
+        app.registry.take_memory();
         let failed =
             |source| RouteError::Bind { address: format!("{}:{}", options.host, options.port), source };
         let listener = connections::listen(&options.host, options.port).await.map_err(failed)?;

@@ -122,7 +122,7 @@ typed! {
     /// longest_prefix [default: cost].
     #[arg(long, value_name = "NAME", help_heading = "Choice")]
     policy: String,
-    /// Most memory for what the replicas hold [default: 256MiB].
+    /// Memory for what the replicas hold, taken at the start [default: 256MiB].
     #[arg(long, value_name = "SIZE", help_heading = "Choice")]
     index_memory: ByteSize,
     /// Of the random numbers that break ties [default: 0].

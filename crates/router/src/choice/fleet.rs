@@ -205,6 +205,11 @@ impl Fleet {
         }
     }
 
+    /// As [`PrefixIndex::take_memory`]; before the first request, or it waits.
+    pub fn take_memory(&mut self) {
+        self.index.take_memory();
+    }
+
     pub fn policy(&self) -> Policy {
         self.picker.policy()
     }

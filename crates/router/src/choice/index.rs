@@ -94,6 +94,16 @@ impl PrefixIndex {
         }
     }
 
+    /// Has the system hand out all of its memory now: see [`Table::take_memory`].
+    pub fn take_memory(&mut self) {
+        self.holders.take_memory();
+        self.places.take_memory();
+        let unused = Held { block: 0, older: NONE, newer: NONE, replica: ReplicaId(0) };
+        for slot in self.nodes.spare_capacity_mut() {
+            slot.write(unused);
+        }
+    }
+
     fn bytes_for(capacity: usize) -> usize {
         Table::<SET_WORDS>::bytes(capacity)
             + Table::<1>::bytes(capacity)

@@ -14,7 +14,8 @@ pub type Client = PooledClient<HttpConnector, Full<Bytes>>;
 
 /// Shorter than a replica keeps an idle connection, so that the router closes first.
 const IDLE: Duration = Duration::from_secs(30);
-const IDLE_PER_REPLICA: usize = 256;
+/// As many as a replica has requests at once by default: fewer would be closed after a burst and opened in the next.
+const IDLE_PER_REPLICA: usize = 512;
 /// How long a replica's machine may say nothing at all, not even to the kernel's question whether it is there.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(5), 3);
 

@@ -165,6 +165,11 @@ impl Registry {
         Self { start: Instant::now(), inner: Mutex::new(inner), changes: watch::Sender::new(0) }
     }
 
+    /// As [`Fleet::take_memory`].
+    pub fn take_memory(&self) {
+        lock(&self.inner).fleet.take_memory();
+    }
+
     /// The clock of everything here.
     pub fn now(&self) -> Duration {
         self.start.elapsed()
