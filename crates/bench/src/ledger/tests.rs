@@ -6,7 +6,7 @@ use super::row::{Needs, Source};
 use super::view::Filter;
 use super::*;
 use crate::experiments::{
-    Circumstances, ExperimentId, Finding, Interval, Ladder, LadderPoint, Measurement, Prediction,
+    Circumstances, ExperimentId, Finding, Interval, Ladder, LadderPoint, Measurement, Origin, Prediction,
     PredictionKind, SCHEMA_VERSION,
 };
 
