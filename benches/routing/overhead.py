@@ -172,21 +172,18 @@ def measure(options, scratch):
         for number in range(options.rounds):
             found = {name: {} for name in targets}
 
-            def take(name, kind, tokens, how):
-                process, url = targets[name]
+            def take(name, kind, tokens, how, of=None):
+                process, url = targets[of or name]
                 found[name][kind] = load(options, url, process, tokens, how, name in OURS)
 
             closed = ["--concurrency", CLIENTS]
             for name in order(list(targets), number):
+                take(name, "saturated", 1, closed)
                 if name != DIRECT:
-                    take(name, "saturated", 1, closed)
                     # Half of what it has just carried, and the same without it, before the machine changes its pace.
                     half = ["--rate", f"{found[name]['saturated']['requests_per_second'] / 2:.1f}"]
                     for kind, of in order([("half", name), ("direct", DIRECT)], number):
-                        process, url = targets[of]
-                        found[name][kind] = load(options, url, process, 1, half, name in OURS)
-                else:
-                    take(name, "saturated", 1, closed)
+                        take(name, kind, 1, half, of)
                 take(name, "streams", TOKENS, closed)
             print(number + 1, json.dumps(found), file=sys.stderr, flush=True)
             rounds.append(found)

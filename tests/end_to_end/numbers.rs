@@ -109,6 +109,15 @@ fn a_row_that_takes_a_fleet_is_simulated() {
     assert!(code == 2 && err.contains("holds no measurement yet"), "{err}");
 }
 
+/// What takes an embedding model is neither measured nor simulated, and a flag for a measurement is no mistake then.
+#[test]
+fn rows_that_cannot_be_answered_are_told_with_what_they_need() {
+    let folder = tempfile::tempdir().unwrap();
+    let text =
+        printed(&folder.path().join("numbers.jsonl"), &["run", "semantic", "kv-mha", "--device", "cpu"]);
+    assert!(text.contains("Not measured here:") && text.contains("an embedding model"), "{text}");
+}
+
 /// The server that an experiment started ends with it.
 #[cfg(target_os = "linux")]
 #[test]

@@ -14,9 +14,6 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// A measurement may be beyond its limit by that much: peaks in data sheets are rounded.
 const TOLERANCE: f64 = 0.02;
 
-/// What the name of simulated hardware begins with.
-pub const SIMULATED: &str = "simulated ";
-
 /// From here on a machine counts as busy.
 const BUSY_SHARE: f64 = 0.3;
 
@@ -65,11 +62,6 @@ pub struct Origin {
 }
 
 impl Circumstances {
-    /// Whether they are of a simulation in virtual time.
-    pub fn is_simulated(&self) -> bool {
-        self.hardware.starts_with(SIMULATED)
-    }
-
     /// Whether others took so much of the machine that times are too long.
     pub fn is_busy(&self) -> bool {
         self.busy_share.is_some_and(|share| share > BUSY_SHARE)

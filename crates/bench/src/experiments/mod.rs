@@ -107,16 +107,7 @@ impl ExperimentId {
 
     /// Whether it simulates a fleet in virtual time; the others measure what is there.
     pub fn is_simulated(self) -> bool {
-        matches!(
-            self,
-            Self::FleetLadder
-                | Self::FleetSize
-                | Self::FleetDay
-                | Self::FleetUsers
-                | Self::FleetTails
-                | Self::FleetPolicies
-                | Self::FleetFromZero
-        )
+        fleet::model(self).is_some()
     }
 
     /// What it asks, in one line.

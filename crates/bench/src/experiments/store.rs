@@ -98,14 +98,14 @@ pub fn check(path: &Path) -> Result<(), StoreError> {
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use servelab_sim::{Dtype, HardwareProfile};
 
     use super::*;
     use crate::experiments::{Circumstances, ExperimentId, Origin};
     use crate::ledger::Ledger;
 
-    pub fn measurement(unix_seconds: u64) -> Measurement {
+    fn measurement(unix_seconds: u64) -> Measurement {
         Measurement {
             schema_version: SCHEMA_VERSION,
             experiment: ExperimentId::KvBytes,

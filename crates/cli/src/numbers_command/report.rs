@@ -138,10 +138,10 @@ impl<W: Write> Observer for Report<'_, W> {
             self.line("");
         }
         self.title(circumstances);
-        self.verb = if circumstances.is_simulated() { "simulated" } else { "measured" };
     }
 
     fn begins(&mut self, experiment: ExperimentId, number: usize, of: usize) {
+        self.verb = if experiment.is_simulated() { "simulated" } else { "measured" };
         self.line("");
         self.line(&format!("[{number}/{of}] {}: {}", experiment.name(), experiment.question()));
     }

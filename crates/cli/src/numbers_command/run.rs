@@ -70,13 +70,14 @@ pub fn run(command: &RunCommand, out: &mut impl Write) -> Result<(), Error> {
     let ledger = Ledger::load()?;
     // Names are looked at first: to be told of a slip after minutes would be late.
     let named = wanted(&ledger, &command.ids, true)?;
-    let is_simulated = named.experiments.iter().all(|experiment| experiment.is_simulated());
-    if let (true, Some(option)) = (is_simulated, first_of_this_machine(command)) {
+    let is_all_simulated =
+        !named.experiments.is_empty() && named.experiments.iter().all(|experiment| experiment.is_simulated());
+    if let (true, Some(option)) = (is_all_simulated, first_of_this_machine(command)) {
         return Err(Error::OfThisMachine { option });
     }
     let path = results_file(command.results.as_deref())?;
     store::check(&path)?;
-    let here = if is_simulated { None } else { Some(prepare(command)?) };
+    let here = if is_all_simulated { None } else { Some(prepare(command)?) };
     let is_gpu = here.as_ref().is_some_and(|(subject, _)| subject.is_gpu);
     let wanted = wanted(&ledger, &command.ids, is_gpu)?;
     let subjects = subjects(&wanted.experiments, here)?;

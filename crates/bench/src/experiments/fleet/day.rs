@@ -2,7 +2,7 @@
 
 use servelab_sim::numbers::seconds;
 
-use super::{Outcome, simulate, simulate_one};
+use super::{Outcome, simulate_one};
 use crate::experiments::ExperimentError;
 use crate::experiments::lab::Lab;
 use crate::experiments::measurement::PredictionKind;
@@ -72,8 +72,7 @@ async fn follow(lab: &mut Lab<'_>) -> Result<Outcome, ExperimentError> {
     let (rate, peak) = (format!("{REQUESTS_PER_SECOND:.2}"), PEAK.to_string());
     let curve = ["--shape", "diurnal", "--rate", &rate, "--peak", &peak, "--period", DAY, "--duration", DAY];
     let load = ["--workload", "azure-chat", "--scaler", "concurrency"];
-    let mut outcomes = simulate(lab, &[&curve[..], &load].concat()).await?;
-    outcomes.pop().ok_or(ExperimentError::NotUnderstood("an outcome"))
+    simulate_one(lab, &[&curve[..], &load].concat()).await
 }
 
 fn busiest_over_mean(outcome: &Outcome) -> f64 {
