@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use servelab_sim::autoscale::{Autoscaler, Manifest, ManifestError, PodCounts};
 
-use crate::pods::{Phase, Pods};
-use crate::scrape::Prometheus;
+use crate::pods::{Phase, Pod, Pods, Stage};
+use crate::scrape::{Prometheus, target};
 
 /// Manifests that come with the program: the good ones, and the usual mistakes.
 const PRESETS: [(&str, &str); 9] = [
@@ -98,14 +98,23 @@ impl Scaler {
 
 fn pod_counts(wanted: u32, pods: &Pods) -> PodCounts {
     let counts = pods.counts();
-    let ready = pods.alive.iter().map(|id| &pods.pods[*id]).filter(|pod| pod.phase == Phase::Ready);
+    let alive = || pods.alive.iter().map(|id| (*id, &pods.pods[*id]));
     PodCounts {
         wanted,
         existing: counts.wanted(),
         ready: counts.ready,
+        running: alive().filter(|(_, pod)| is_running(pod)).map(|(id, _)| target(id)).collect(),
         // A core launches steps while the device computes them; that is what a replica asks for.
-        cpu_percent: ready.map(|pod| 100.0 * pod.busy).collect(),
+        cpu_percent: alive()
+            .filter(|(_, pod)| pod.phase == Phase::Ready)
+            .map(|(_, pod)| 100.0 * pod.busy)
+            .collect(),
     }
+}
+
+/// Whether its container has begun, and it is not going.
+fn is_running(pod: &Pod) -> bool {
+    matches!(pod.phase, Phase::Starting(Stage::Load | Stage::WarmUp) | Phase::Ready)
 }
 
 #[cfg(test)]

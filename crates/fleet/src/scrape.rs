@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use servelab_sim::autoscale::SampleStore;
+use servelab_sim::autoscale::adapter::NAMESPACE;
 
 use crate::exposition::{self, Wanted};
 use crate::gateway::Gateway;
@@ -44,14 +45,14 @@ impl Prometheus {
             if self.is_asked && !pod.is_cut_off {
                 let target = target(*id);
                 let sink = &mut |name: &str, labels: &[(&str, &str)], value| {
-                    samples.record(now, &target, name, labels, value);
+                    record(samples, now, &target, name, labels, value);
                 };
                 exposition::replica(replica, model_name, pod.busy, wanted, sink);
             }
         }
         if self.is_asked {
             let sink = &mut |name: &str, labels: &[(&str, &str)], value| {
-                samples.record(now, ROUTER, name, labels, value);
+                record(samples, now, ROUTER, name, labels, value);
             };
             exposition::router(gateway, sink);
         }
@@ -65,6 +66,20 @@ impl Prometheus {
     }
 }
 
-fn target(pod: PodId) -> String {
+/// With the labels that Prometheus gives what it found in a cluster.
+fn record(
+    samples: &mut SampleStore,
+    now: Duration,
+    target: &str,
+    name: &str,
+    labels: &[(&str, &str)],
+    value: f64,
+) {
+    let labels = [labels, &[("namespace", NAMESPACE), ("pod", target)]].concat();
+    samples.record(now, target, name, &labels, value);
+}
+
+/// Its name, as its series have it.
+pub fn target(pod: PodId) -> String {
     format!("pod-{pod}")
 }

@@ -125,6 +125,10 @@ pub struct ScalingArgs {
     /// side by side.
     #[arg(long, value_name = "FILE|NAME", help_heading = "Scaling")]
     pub scaler: Vec<String>,
+    /// Rules of prometheus-adapter (its configuration, or the values of its Helm chart), which give a
+    /// HorizontalPodAutoscaler its metrics of pods.
+    #[arg(long, value_name = "FILE", requires = "scaler", help_heading = "Scaling")]
+    pub prometheus_adapter: Option<PathBuf>,
     /// Replicas that are ready when it begins [default: 1, or as few as the scaler may have]; without --scaler the
     /// number stays as it is.
     #[arg(long, value_name = "COUNT", help_heading = "Scaling")]

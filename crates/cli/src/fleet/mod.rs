@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use servelab_bench::report::number;
 use servelab_fleet::page::{self, Heading};
 use servelab_fleet::{Outcome, Scaler, SettingsError, scaler, simulate, text};
-use servelab_sim::autoscale::{Manifest, ManifestError};
+use servelab_sim::autoscale::{Adapter, Manifest, ManifestError};
 
 use args::FleetArgs;
 use settings::{Bounds, Prepared, UsageError};
@@ -28,8 +28,10 @@ pub enum Error {
         "--scaler: there is no file {name:?}, and no scaler of that name comes with the program: {known}"
     )]
     Scaler { name: String, known: String },
-    #[error("--scaler: cannot read {}: {source}", path.display())]
-    ReadManifest { path: PathBuf, source: std::io::Error },
+    #[error("{flag}: cannot read {}: {source}", path.display())]
+    ReadFile { flag: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("--prometheus-adapter {}: {source}", path.display())]
+    Adapter { path: PathBuf, source: Box<ManifestError> },
     #[error("--scaler {name}: {source}")]
     Manifest { name: String, source: Box<ManifestError> },
     #[error(transparent)]
@@ -50,20 +52,13 @@ impl Error {
 /// # Errors
 /// If a setting cannot be, or something cannot be written.
 pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
-    let manifests = args.scaling.scaler.iter().map(|name| manifest(name)).collect::<Result<Vec<_>, _>>()?;
-    let mut prepared = args.prepare(bounds(args, None))?;
+    let (prepared, scalers): (Vec<Prepared>, Vec<Scaler>) = scaled(args)?.into_iter().unzip();
     let started = Instant::now();
-    let mut outcomes = Vec::new();
-    for (name, manifest) in manifests {
-        let bounds = bounds(args, Some(&manifest));
-        prepared = args.prepare(bounds)?;
-        let scaler = Scaler::manifest(name, manifest, bounds.initial);
-        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
-    }
-    if outcomes.is_empty() {
-        let scaler = Scaler::fixed(prepared.settings.pods.initial);
-        outcomes.push(simulate(prepared.settings.clone(), scaler)?);
-    }
+    let runs = prepared.iter().zip(scalers);
+    let outcomes = runs.map(|(prepared, scaler)| simulate(prepared.settings.clone(), scaler));
+    let outcomes = outcomes.collect::<Result<Vec<Outcome>, _>>()?;
+    // They differ in their replicas only.
+    let prepared = &prepared[0];
     // Not a part of the result, which is the same every time.
     let _ = writeln!(std::io::stderr(), "{}", pace(&outcomes, started.elapsed()));
     if args.report.json {
@@ -73,12 +68,32 @@ pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
         write!(out, "{}", text::table(&outcomes))?;
     }
     if let Some(path) = &args.report.out {
-        page_file::write(path, page::html(&heading(&prepared), &prepared.settings, &outcomes))?;
+        page_file::write(path, page::html(&heading(prepared), &prepared.settings, &outcomes))?;
         if !args.report.json {
             writeln!(out, "\nwritten: {}", path.display())?;
         }
     }
     Ok(out.flush()?)
+}
+
+/// What is simulated, one for each scaler, or one without.
+fn scaled(args: &FleetArgs) -> Result<Vec<(Prepared, Scaler)>, Error> {
+    let adapter = match &args.scaling.prometheus_adapter {
+        Some(path) => adapter(path)?,
+        None => Adapter::default(),
+    };
+    if args.scaling.scaler.is_empty() {
+        let prepared = args.prepare(bounds(args, None))?;
+        let scaler = Scaler::fixed(prepared.settings.pods.initial);
+        return Ok(vec![(prepared, scaler)]);
+    }
+    let of = |name: &String| {
+        let (name, manifest) = manifest(name, &adapter)?;
+        let bounds = bounds(args, Some(&manifest));
+        let initial = bounds.initial;
+        Ok((args.prepare(bounds)?, Scaler::manifest(name, manifest, initial)))
+    };
+    args.scaling.scaler.iter().map(of).collect()
 }
 
 /// As many as were typed, else as few as the scaler may have; 1 without one.
@@ -89,9 +104,7 @@ fn bounds(args: &FleetArgs, manifest: Option<&Manifest>) -> Bounds {
 }
 
 /// The manifest in a file, or one that comes with the program, with the name that it is shown under.
-fn manifest(name: &str) -> Result<(String, Manifest), Error> {
-    /// A manifest is some lines.
-    const MOST_BYTES: u64 = 1 << 20;
+fn manifest(name: &str, adapter: &Adapter) -> Result<(String, Manifest), Error> {
     let path = Path::new(name);
     let (shown, text) = match scaler::preset(name) {
         Some(text) => (name.to_owned(), text.to_owned()),
@@ -100,18 +113,29 @@ fn manifest(name: &str) -> Result<(String, Manifest), Error> {
             return Err(Error::Scaler { name: name.to_owned(), known });
         }
         None => {
-            let failed = |source| Error::ReadManifest { path: path.to_owned(), source };
-            let mut text = String::new();
-            let file = std::fs::File::open(path).map_err(failed)?;
-            file.take(MOST_BYTES).read_to_string(&mut text).map_err(failed)?;
             let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-            (stem.into_owned(), text)
+            (stem.into_owned(), read(path, "--scaler")?)
         }
     };
-    let manifest = Manifest::parse(&text);
+    let manifest = Manifest::parse_with(&text, adapter);
     manifest
         .map(|manifest| (shown, manifest))
         .map_err(|source| Error::Manifest { name: name.to_owned(), source: Box::new(source) })
+}
+
+fn adapter(path: &Path) -> Result<Adapter, Error> {
+    let text = read(path, "--prometheus-adapter")?;
+    Adapter::parse(&text).map_err(|source| Error::Adapter { path: path.to_owned(), source: Box::new(source) })
+}
+
+fn read(path: &Path, flag: &'static str) -> Result<String, Error> {
+    /// These files are some lines.
+    const MOST_BYTES: u64 = 1 << 20;
+    let failed = |source| Error::ReadFile { flag, path: path.to_owned(), source };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MOST_BYTES).read_to_string(&mut text).map_err(failed)?;
+    Ok(text)
 }
 
 fn pace(outcomes: &[Outcome], elapsed: Duration) -> String {

@@ -16,8 +16,6 @@ pub enum Target {
     AverageValue(f64),
     /// The metric itself; what is more is a ratio by which the ready pods are multiplied.
     Value(f64),
-    /// CPU over what the pods ask for, in percent.
-    Utilization(f64),
 }
 
 /// How fast the number may change in one direction.
@@ -120,27 +118,65 @@ pub fn ratio_replicas(current: u32, ready: u32, usage: f64, target: f64, toleran
     }
 }
 
-/// `GetResourceReplicas`: of the utilisation of those pods that have one. Pods that are not ready count as idle when it
-/// goes up, and not at all when it goes down. `None` without any.
+/// `GetResourceReplicas` of the CPU, in percent of what a pod asks for, of those pods that have one. `unready`: pods
+/// that have not begun, or are not ready. `None` without any value.
 pub fn resource_replicas(
     current: u32,
-    existing: u32,
     percents: &[f64],
+    unready: u32,
     target: f64,
     tolerances: Tolerances,
 ) -> Option<u32> {
-    if percents.is_empty() {
+    each_pod(current, percents, Without { unready, missing: 0 }, target, tolerances)
+}
+
+/// `GetMetricReplicas` (Pods metrics): of a value of each pod, which the API carries in thousandths. `pending`: pods
+/// whose container has not begun; `missing`: those that run and have no value. `None` without any value.
+pub fn pods_replicas(
+    current: u32,
+    values: &[f64],
+    pending: u32,
+    missing: u32,
+    target: f64,
+    tolerances: Tolerances,
+) -> Option<u32> {
+    let thousandths = |value: &f64| if value.is_nan() { 0.0 } else { (value * 1000.0).trunc() };
+    let values: Vec<f64> = values.iter().map(thousandths).collect();
+    each_pod(current, &values, Without { unready: pending, missing }, target * 1000.0, tolerances)
+}
+
+/// Pods that have no value.
+#[derive(Clone, Copy)]
+struct Without {
+    /// Count as idle when it goes up, and not at all when it goes down.
+    unready: u32,
+    /// Count as idle when it goes up, and as exactly at the target when it goes down.
+    missing: u32,
+}
+
+/// `calcPlainMetricReplicas`, and `GetResourceReplicas` after it. Means are whole numbers there.
+fn each_pod(
+    current: u32,
+    values: &[f64],
+    without: Without,
+    target: f64,
+    tolerances: Tolerances,
+) -> Option<u32> {
+    if values.is_empty() {
         return None;
     }
-    let sum: f64 = percents.iter().sum();
-    let known = percents.len() as f64;
-    let ratio = sum / known / target;
-    let unready = existing.saturating_sub(percents.len() as u32);
-    if unready == 0 || ratio <= 1.0 {
+    let sum: f64 = values.iter().sum();
+    let known = values.len() as f64;
+    let ratio_of = |sum: f64, pods: f64| (sum / pods).trunc() / target;
+    let ratio = ratio_of(sum, known);
+    let unready = if ratio > 1.0 { without.unready } else { 0 };
+    if unready == 0 && without.missing == 0 {
         return Some(if tolerances.holds(ratio) { current } else { ceil(ratio * known) });
     }
-    let all = known + f64::from(unready);
-    let rebalanced = sum / all / target;
+    let missing = f64::from(without.missing);
+    let assumed = if ratio < 1.0 { missing * target } else { 0.0 };
+    let all = known + f64::from(unready) + missing;
+    let rebalanced = ratio_of(sum + assumed, all);
     let turned = (ratio < 1.0 && rebalanced > 1.0) || (ratio > 1.0 && rebalanced < 1.0);
     if tolerances.holds(rebalanced) || turned {
         return Some(current);

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::PodCounts;
 use super::hpa::{self, Limits, Memory, Target, Tolerances};
-use super::manifest::{Fallback, FallbackBehavior, Manifest, Trigger, TriggerKind};
-use super::promql::Value;
+use super::manifest::{Annotations, Fallback, FallbackBehavior, Manifest, Modifiers, Trigger, TriggerKind};
+use super::promql::{Query, Value};
 use super::samples::SampleStore;
 
 /// A Deployment is to have so many replicas.
@@ -20,6 +20,12 @@ pub struct ScaleTo {
 /// A trigger's value, or why it has none.
 type Reading = Result<f64, String>;
 
+/// What is to be said of a metric, and the replicas that it asks for; `None` where that cannot be told.
+type Proposal = (String, Option<u32>);
+
+/// Of each trigger that is a query.
+type Readings = Vec<Option<Reading>>;
+
 /// An autoscaler with what it remembers.
 #[derive(Clone, Debug)]
 pub struct Autoscaler {
@@ -31,6 +37,8 @@ pub struct Autoscaler {
     last_active: Option<Duration>,
     /// Of each trigger, how often in a row it failed.
     failures: Vec<u32>,
+    /// Of each trigger, what the operator saw when it looked last.
+    seen: Readings,
     /// The last complaint, so that each is made once.
     complaint: Option<String>,
 }
@@ -52,6 +60,7 @@ impl Autoscaler {
             next_sync: hpa::SYNC_PERIOD,
             last_active: None,
             failures: vec![0; manifest.triggers.len()],
+            seen: vec![None; manifest.triggers.len()],
             complaint: None,
             manifest,
         }
@@ -84,9 +93,12 @@ impl Autoscaler {
 
     /// Why some trigger gives nothing, if it has begun or changed since the last call.
     pub fn new_complaint(&mut self, now: Duration, samples: &SampleStore) -> Option<String> {
-        let failed = |trigger: &Trigger| match read(trigger, now, samples) {
-            Some(Err(error)) => Some(format!("trigger {}: {error}", trigger.name)),
-            Some(Ok(_)) | None => None,
+        let failed = |trigger: &Trigger| {
+            let error = match &trigger.kind {
+                TriggerKind::Pods { query, .. } => pod_values(query, now, samples).err(),
+                _ => read(trigger, now, samples).and_then(Reading::err),
+            };
+            error.map(|error| format!("trigger {}: {error}", trigger.name))
         };
         let complaint = self.manifest.triggers.iter().find_map(failed);
         let is_new = complaint != self.complaint;
@@ -94,20 +106,39 @@ impl Autoscaler {
         complaint.filter(|_| is_new)
     }
 
+    fn readings(&self, now: Duration, samples: &SampleStore) -> Readings {
+        self.manifest.triggers.iter().map(|trigger| read(trigger, now, samples)).collect()
+    }
+
+    /// What the autoscaler is told: of a cached trigger what the operator saw, if it has looked
+    /// (`getScaledObjectMetricsRaw`).
+    fn told(&self, now: Duration, samples: &SampleStore) -> Readings {
+        let of = |(trigger, seen): (&Trigger, &Option<Reading>)| match seen {
+            Some(seen) if trigger.is_cached => Some(seen.clone()),
+            _ => read(trigger, now, samples),
+        };
+        self.manifest.triggers.iter().zip(&self.seen).map(of).collect()
+    }
+
     // ---- between none and one ----
 
     /// `RequestScale` of the executor.
     fn poll(&mut self, now: Duration, samples: &SampleStore, pods: &PodCounts) -> Option<ScaleTo> {
-        let Manifest { min, idle, fallback, .. } = self.manifest;
-        let (is_active, is_error, reason) = self.activity(now, samples);
+        let Manifest { min, idle, fallback, annotations, .. } = self.manifest;
         let to = |replicas: u32, why: &str| {
             Some(ScaleTo { replicas, reason: format!("KEDA: {} to {replicas}, {why}", pods.wanted) })
         };
         let current = pods.wanted;
+        if annotations.is_paused {
+            return annotations.paused_replicas.and_then(|replicas| to(replicas, "paused there"));
+        }
+        self.seen = self.readings(now, samples);
+        let (is_active, is_error, reason) = self.activity();
         if is_active {
             self.last_active = Some(now);
-            let is_idle = idle.is_some() && current < min;
-            return if current == 0 || is_idle { to(min.max(1), &reason) } else { None };
+            let is_asleep = current == 0 || (idle.is_some() && current < min);
+            let may_wake = is_asleep && !annotations.pauses_scale_out;
+            return if may_wake { to(min.max(1), &reason) } else { None };
         }
         match fallback {
             Some(fallback) if is_error && fallback.replicas > 0 => {
@@ -117,8 +148,11 @@ impl Autoscaler {
             _ => {}
         }
         let lowest = idle.unwrap_or(0);
-        let may_sleep = idle.is_some_and(|idle| current > idle) || (current > 0 && min == 0);
-        if may_sleep {
+        let is_awake = idle.is_some_and(|idle| current > idle) || (current > 0 && min == 0);
+        if is_awake && annotations.pauses_scale_in {
+            return None;
+        }
+        if is_awake {
             let is_cool = match self.last_active {
                 Some(at) => at + self.manifest.cooldown < now,
                 None => self.manifest.initial_cooldown < now,
@@ -129,21 +163,31 @@ impl Autoscaler {
     }
 
     /// Whether any trigger is active, whether any fails, and what is to be said of it.
-    fn activity(&self, now: Duration, samples: &SampleStore) -> (bool, bool, String) {
-        if self.manifest.modifiers.is_some() {
-            return match self.composite(now, samples) {
-                Ok((value, _, activation)) => {
-                    (value > activation, false, format!("the formula is {}", short(value)))
+    fn activity(&self) -> (bool, bool, String) {
+        let (is_active, is_error, reason) = self.activity_of_triggers();
+        match self.manifest.annotations {
+            Annotations { forces_activation: true, .. } if !is_active => {
+                (true, is_error, "activation is forced by an annotation".to_owned())
+            }
+            _ => (is_active, is_error, reason),
+        }
+    }
+
+    fn activity_of_triggers(&self) -> (bool, bool, String) {
+        if let Some(modifiers) = &self.manifest.modifiers {
+            return match self.composite(modifiers, &self.seen) {
+                Ok(value) => {
+                    (value > modifiers.activation, false, format!("the formula is {}", short(value)))
                 }
                 Err(error) => (false, true, error),
             };
         }
         let (mut is_active, mut is_error, mut reason) = (false, false, String::new());
-        for trigger in &self.manifest.triggers {
-            match (&trigger.kind, read(trigger, now, samples)) {
-                (TriggerKind::Prometheus { activation, .. }, Some(Ok(value))) if value > *activation => {
+        for (trigger, seen) in self.manifest.triggers.iter().zip(&self.seen) {
+            match (&trigger.kind, seen) {
+                (TriggerKind::Prometheus { activation, .. }, Some(Ok(value))) if value > activation => {
                     is_active = true;
-                    reason = format!("trigger {} is {}, active", trigger.name, short(value));
+                    reason = format!("trigger {} is {}, active", trigger.name, short(*value));
                 }
                 (_, Some(Err(_))) => is_error = true,
                 _ => {}
@@ -152,25 +196,23 @@ impl Autoscaler {
         (is_active, is_error, reason)
     }
 
-    /// The formula's value, its target and its activation.
-    fn composite(&self, now: Duration, samples: &SampleStore) -> Result<(f64, Target, f64), String> {
-        let Some(modifiers) = &self.manifest.modifiers else { return Err("there is no formula".into()) };
+    /// The formula's value.
+    fn composite(&self, modifiers: &Modifiers, readings: &Readings) -> Reading {
         let mut values = BTreeMap::new();
-        for trigger in &self.manifest.triggers {
-            if let Some(value) = read(trigger, now, samples) {
-                values.insert(trigger.name.clone(), value?);
+        for (trigger, reading) in self.manifest.triggers.iter().zip(readings) {
+            if let Some(reading) = reading {
+                values.insert(trigger.name.clone(), reading.clone()?);
             }
         }
-        let value = modifiers.formula.value(&values).map_err(|error| error.to_string())?;
-        Ok((value, modifiers.target, modifiers.activation))
+        modifiers.formula.value(&values).map_err(|error| error.to_string())
     }
 
     // ---- between one and the most ----
 
     /// `reconcileAutoscaler` of the Horizontal Pod Autoscaler.
     fn sync(&mut self, now: Duration, samples: &SampleStore, pods: &PodCounts) -> Option<ScaleTo> {
-        // At 0 it is disabled.
-        if pods.wanted == 0 {
+        // At 0 it is disabled; while the ScaledObject is paused it is deleted.
+        if pods.wanted == 0 || self.manifest.annotations.is_paused {
             return None;
         }
         let proposals = self.proposals(now, samples, pods);
@@ -190,49 +232,41 @@ impl Autoscaler {
         Some(ScaleTo { replicas, reason: format!("HPA: {} to {replicas}, {text}{limited}", pods.wanted) })
     }
 
-    /// What each metric asks for; `None` where it cannot be told.
+    /// What each metric asks for.
     fn proposals(
         &mut self,
         now: Duration,
         samples: &SampleStore,
         pods: &PodCounts,
-    ) -> Vec<(String, Option<u32>)> {
-        if self.manifest.modifiers.is_some() {
-            let reading = self.composite(now, samples);
-            let (value, target) = match reading {
-                Ok((value, target, _)) => (Ok(value), target),
-                Err(error) => (Err(error), Target::AverageValue(1.0)),
-            };
-            return vec![self.proposal(0, "the formula", value, target, pods)];
+    ) -> Vec<Proposal> {
+        let told = self.told(now, samples);
+        if let Some(modifiers) = self.manifest.modifiers.clone() {
+            let reading = self.composite(&modifiers, &told);
+            return vec![self.of_value(0, "the formula", reading, modifiers.target, pods)];
         }
         let triggers = self.manifest.triggers.clone();
-        let of_trigger = |(at, trigger): (usize, &Trigger)| match &trigger.kind {
+        let of_trigger = |((at, trigger), told): ((usize, &Trigger), Option<Reading>)| match &trigger.kind {
             TriggerKind::Prometheus { target, .. } => {
-                let reading = read(trigger, now, samples).unwrap_or(Ok(0.0));
-                self.proposal(at, &trigger.name, reading, *target, pods)
+                self.of_value(at, &trigger.name, told.unwrap_or(Ok(0.0)), *target, pods)
             }
-            TriggerKind::Cpu { utilization } => self.proposal(
-                at,
-                &trigger.name,
-                Ok(mean(&pods.cpu_percent)),
-                Target::Utilization(*utilization),
-                pods,
-            ),
+            TriggerKind::Cpu { utilization } => self.of_cpu(&trigger.name, *utilization, pods),
+            TriggerKind::Pods { query, average } => {
+                self.of_pods(&trigger.name, pod_values(query, now, samples), *average, pods)
+            }
         };
-        triggers.iter().enumerate().map(of_trigger).collect()
+        triggers.iter().enumerate().zip(told).map(of_trigger).collect()
     }
 
-    fn proposal(
+    fn of_value(
         &mut self,
         at: usize,
         name: &str,
         reading: Reading,
         target: Target,
         pods: &PodCounts,
-    ) -> (String, Option<u32>) {
+    ) -> Proposal {
         let failures = &mut self.failures[at];
         *failures = if reading.is_err() { *failures + 1 } else { 0 };
-        let tolerances = Tolerances::of(self.limits.behavior.as_ref());
         let fallback = self.manifest.fallback.filter(|fallback| *failures > fallback.failure_threshold);
         let usage = match (reading, fallback) {
             (Ok(usage), _) => usage,
@@ -242,18 +276,46 @@ impl Autoscaler {
             }
             (Err(error), None) => return (format!("{name}: {error}"), None),
         };
+        let tolerances = self.tolerances();
         let replicas = match target {
-            Target::AverageValue(target) => {
-                Some(hpa::per_pod_replicas(pods.existing, usage, target, tolerances))
-            }
+            Target::AverageValue(target) => hpa::per_pod_replicas(pods.existing, usage, target, tolerances),
             Target::Value(target) => {
-                Some(hpa::ratio_replicas(pods.wanted, pods.ready, usage, target, tolerances))
-            }
-            Target::Utilization(target) => {
-                hpa::resource_replicas(pods.wanted, pods.existing, &pods.cpu_percent, target, tolerances)
+                hpa::ratio_replicas(pods.wanted, pods.ready, usage, target, tolerances)
             }
         };
-        (format!("{name} is {}", short(usage)), replicas)
+        (format!("{name} is {}", short(usage)), Some(replicas))
+    }
+
+    fn of_cpu(&self, name: &str, utilization: f64, pods: &PodCounts) -> Proposal {
+        let percents = &pods.cpu_percent;
+        let unready = pods.existing.saturating_sub(percents.len() as u32);
+        let replicas =
+            hpa::resource_replicas(pods.wanted, percents, unready, utilization, self.tolerances());
+        (format!("{name} is {}", short(mean(percents))), replicas)
+    }
+
+    /// Of the pods that run, those that have a value; what is said of others is not looked at.
+    fn of_pods(
+        &self,
+        name: &str,
+        values: Result<BTreeMap<String, f64>, String>,
+        average: f64,
+        pods: &PodCounts,
+    ) -> Proposal {
+        let values = match values {
+            Ok(values) => values,
+            Err(error) => return (format!("{name}: {error}"), None),
+        };
+        let running = pods.running.len() as u32;
+        let known: Vec<f64> = pods.running.iter().filter_map(|pod| values.get(pod)).copied().collect();
+        let (pending, missing) = (pods.existing.saturating_sub(running), running - known.len() as u32);
+        let tolerances = self.tolerances();
+        let replicas = hpa::pods_replicas(pods.wanted, &known, pending, missing, average, tolerances);
+        (format!("{name} is {} a pod", short(mean(&known))), replicas)
+    }
+
+    fn tolerances(&self) -> Tolerances {
+        Tolerances::of(self.limits.behavior.as_ref())
     }
 }
 
@@ -296,4 +358,15 @@ fn read(trigger: &Trigger, now: Duration, samples: &SampleStore) -> Option<Readi
         infinite if infinite.is_infinite() => Err("the query is infinite".into()),
         value => Ok(value),
     })
+}
+
+/// The value of each pod, as prometheus-adapter gives it (`GetMetricByName` of its custom provider).
+fn pod_values(query: &Query, now: Duration, samples: &SampleStore) -> Result<BTreeMap<String, f64>, String> {
+    match query.at(now, samples).map_err(|error| error.to_string())? {
+        Value::Vector(vector) if !vector.is_empty() => {
+            let of = |mut element: super::promql::Element| Some((element.labels.remove("pod")?, element.value));
+            Ok(vector.into_iter().filter_map(of).collect())
+        }
+        _ => Err("no pod has the metric".to_owned()),
+    }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::adapter::Adapter;
 use super::formula::{Formula, FormulaError};
 use super::hpa::{Behavior, Policy, PolicyKind, Rules, Select, Target};
 use super::promql::{Query, QueryError};
@@ -14,6 +15,8 @@ use super::promql::{Query, QueryError};
 pub enum ManifestError {
     #[error("no manifest of a ScaledObject or HorizontalPodAutoscaler: {0}")]
     Yaml(String),
+    #[error("prometheus-adapter: {0}")]
+    Adapter(String),
     #[error("the kind {0:?} is not simulated; give a ScaledObject or a HorizontalPodAutoscaler")]
     Kind(String),
     #[error("{field} is {value}; {rule}")]
@@ -48,6 +51,20 @@ pub struct Manifest {
     pub behavior: Option<Behavior>,
     pub triggers: Vec<Trigger>,
     pub modifiers: Option<Modifiers>,
+    pub annotations: Annotations,
+}
+
+/// What the annotations of a ScaledObject forbid and force (`apis/keda/v1alpha1/scaledobject_types.go`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Annotations {
+    /// Neither operator nor autoscaler does anything, but for what follows.
+    pub is_paused: bool,
+    /// So many, and no others.
+    pub paused_replicas: Option<u32>,
+    pub pauses_scale_in: bool,
+    pub pauses_scale_out: bool,
+    /// Active, whatever the triggers say.
+    pub forces_activation: bool,
 }
 
 /// Replicas when a trigger has failed more often than so.
@@ -74,6 +91,8 @@ pub struct Trigger {
     /// As it was given, else by its place.
     pub name: String,
     pub kind: TriggerKind,
+    /// The autoscaler is told what the operator saw when it looked last (`useCachedMetrics`).
+    pub is_cached: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -87,6 +106,11 @@ pub enum TriggerKind {
     /// In percent of what pods ask for.
     Cpu {
         utilization: f64,
+    },
+    /// A metric of each pod, which its label `pod` names, and how much of it each may have on average.
+    Pods {
+        query: Query,
+        average: f64,
     },
 }
 
@@ -104,12 +128,20 @@ impl Manifest {
     /// # Errors
     /// What cannot be read, or is not simulated.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        Self::parse_with(text, &Adapter::default())
+    }
+
+    /// The same, with the metrics of pods that an adapter offers.
+    ///
+    /// # Errors
+    /// What cannot be read, is not offered, or is not simulated.
+    pub fn parse_with(text: &str, adapter: &Adapter) -> Result<Self, ManifestError> {
         let mut kind = String::new();
         for document in text.split("\n---") {
             kind = yaml::<Head>(document)?.kind;
             match kind.as_str() {
                 "ScaledObject" => return scaled_object(yaml(document)?),
-                "HorizontalPodAutoscaler" => return autoscaler(yaml(document)?),
+                "HorizontalPodAutoscaler" => return autoscaler(yaml(document)?, adapter),
                 _ => {}
             }
         }
@@ -119,7 +151,7 @@ impl Manifest {
     /// All that names metrics.
     pub fn queries(&self) -> impl Iterator<Item = &str> {
         self.triggers.iter().filter_map(|trigger| match &trigger.kind {
-            TriggerKind::Prometheus { query, .. } => Some(query.text()),
+            TriggerKind::Prometheus { query, .. } | TriggerKind::Pods { query, .. } => Some(query.text()),
             TriggerKind::Cpu { .. } => None,
         })
     }
@@ -307,6 +339,20 @@ struct TypedMetric {
     #[serde(rename = "type")]
     kind: String,
     resource: Option<TypedResource>,
+    pods: Option<TypedPods>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TypedPods {
+    metric: TypedPodsMetric,
+    target: TypedTarget,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TypedPodsMetric {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -322,6 +368,32 @@ struct TypedTarget {
     #[serde(rename = "type")]
     kind: MetricType,
     average_utilization: Option<u32>,
+    average_value: Option<Quantity>,
+}
+
+/// A number, as a number or as text such as `500m`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Quantity {
+    Number(f64),
+    Text(String),
+}
+
+impl Quantity {
+    /// The suffixes of Kubernetes' decimal quantities, as far as they are usual for counts.
+    fn value(&self) -> Option<f64> {
+        let text = match self {
+            Self::Number(number) => return Some(*number),
+            Self::Text(text) => text,
+        };
+        let (number, factor) = match text.strip_suffix(['m', 'k', 'M']) {
+            Some(number) if text.ends_with('m') => (number, 1e-3),
+            Some(number) if text.ends_with('k') => (number, 1e3),
+            Some(number) => (number, 1e6),
+            None => (text.as_str(), 1.0),
+        };
+        Some(factor * number.parse::<f64>().ok()?)
+    }
 }
 
 // ---- what they mean ----
@@ -330,9 +402,10 @@ fn seconds(typed: Option<u32>, default: u32) -> Duration {
     Duration::from_secs(u64::from(typed.unwrap_or(default)))
 }
 
+const MOST_REPLICAS: u32 = 10_000;
+
 fn bounds(min: u32, max: u32) -> Result<(), ManifestError> {
-    const MOST: u32 = 10_000;
-    if max == 0 || max > MOST {
+    if max == 0 || max > MOST_REPLICAS {
         return refused("maxReplicaCount", max, "it must be from 1 to 10000");
     }
     if min > max { refused("minReplicaCount", min, "it must not be above maxReplicaCount") } else { Ok(()) }
@@ -340,11 +413,7 @@ fn bounds(min: u32, max: u32) -> Result<(), ManifestError> {
 
 fn scaled_object(document: Document<ScaledObject>) -> Result<Manifest, ManifestError> {
     let Document { metadata, spec, .. } = document;
-    if let Some((name, value)) =
-        metadata.annotations.iter().find(|(name, _)| name.starts_with("autoscaling.keda.sh/"))
-    {
-        return refused(format!("metadata.annotations.{name}"), value, "this annotation is not simulated");
-    }
+    let annotations = annotations(&metadata.annotations)?;
     let (min, max) = (spec.min_replica_count.unwrap_or(0), spec.max_replica_count.unwrap_or(100));
     bounds(min, max)?;
     if let Some(idle) = spec.idle_replica_count.filter(|idle| *idle >= min) {
@@ -380,18 +449,67 @@ fn scaled_object(document: Document<ScaledObject>) -> Result<Manifest, ManifestE
             replicas: typed.replicas,
             behavior: typed.behavior,
         }),
-        behavior: spec.advanced.horizontal_pod_autoscaler_config.behavior.map(behavior),
+        behavior: with_paused(
+            spec.advanced.horizontal_pod_autoscaler_config.behavior.map(behavior),
+            annotations,
+        ),
         modifiers: match spec.advanced.scaling_modifiers {
             Some(typed) => Some(modifiers(&typed, &triggers)?),
             None => None,
         },
         triggers,
+        annotations,
     })
 }
 
+fn annotations(typed: &BTreeMap<String, String>) -> Result<Annotations, ManifestError> {
+    let mut known = Annotations::default();
+    for (key, value) in typed {
+        let Some(name) = key.strip_prefix("autoscaling.keda.sh/") else { continue };
+        let field = || format!("metadata.annotations.{key}");
+        let is_true = || match value.as_str() {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            _ => refused(field(), format!("{value:?}"), "it must be \"true\" or \"false\""),
+        };
+        match name {
+            "paused" => known.is_paused |= is_true()?,
+            "paused-replicas" => match value.parse() {
+                Ok(replicas) if replicas <= MOST_REPLICAS => {
+                    (known.is_paused, known.paused_replicas) = (true, Some(replicas));
+                }
+                _ => return refused(field(), format!("{value:?}"), "it must be from \"0\" to \"10000\""),
+            },
+            "paused-scale-in" => known.pauses_scale_in = is_true()?,
+            "paused-scale-out" => known.pauses_scale_out = is_true()?,
+            "force-activation" => known.forces_activation = is_true()?,
+            _ => return refused(field(), value, "this annotation is not simulated"),
+        }
+    }
+    Ok(known)
+}
+
+/// `newHPAForScaledObject`: what annotations pause is a direction that is disabled.
+fn with_paused(behavior: Option<Behavior>, annotations: Annotations) -> Option<Behavior> {
+    let Annotations { pauses_scale_in, pauses_scale_out, .. } = annotations;
+    if !pauses_scale_in && !pauses_scale_out {
+        return behavior;
+    }
+    let mut behavior =
+        behavior.unwrap_or_else(|| Behavior { up: Rules::default_up(), down: Rules::default_down() });
+    if pauses_scale_in {
+        behavior.down.select = Select::Disabled;
+    }
+    if pauses_scale_out {
+        behavior.up.select = Select::Disabled;
+    }
+    Some(behavior)
+}
+
 fn trigger(at: usize, typed: TypedTrigger) -> Result<Trigger, ManifestError> {
-    if typed.use_cached_metrics {
-        return refused(format!("triggers[{at}].useCachedMetrics"), true, "cached metrics are not simulated");
+    let is_cached = typed.use_cached_metrics;
+    if is_cached && typed.kind == "cpu" {
+        return refused(format!("triggers[{at}].useCachedMetrics"), true, "KEDA refuses it for a cpu trigger");
     }
     let name = typed.name.clone().unwrap_or_else(|| format!("s{at}"));
     let kind = match typed.kind.as_str() {
@@ -401,7 +519,7 @@ fn trigger(at: usize, typed: TypedTrigger) -> Result<Trigger, ManifestError> {
             return refused(format!("triggers[{at}].type"), other, "prometheus and cpu are simulated");
         }
     };
-    Ok(Trigger { name, kind })
+    Ok(Trigger { name, kind, is_cached })
 }
 
 fn prometheus(at: usize, typed: &TypedTrigger) -> Result<TriggerKind, ManifestError> {
@@ -532,30 +650,16 @@ fn rules(typed: TypedRules, default: Rules) -> Rules {
     }
 }
 
-fn autoscaler(document: Document<PodAutoscaler>) -> Result<Manifest, ManifestError> {
+fn autoscaler(document: Document<PodAutoscaler>, adapter: &Adapter) -> Result<Manifest, ManifestError> {
     let Document { metadata, spec, .. } = document;
     let (min, max) = (spec.min_replicas.unwrap_or(1), spec.max_replicas);
     bounds(min, max)?;
     if min == 0 {
         return refused("minReplicas", 0, "it must be at least 1; only KEDA goes to 0");
     }
-    let metric = |(at, typed): (usize, TypedMetric)| match typed.resource {
-        Some(resource) if typed.kind == "Resource" && resource.name == "cpu" => {
-            match (resource.target.kind, resource.target.average_utilization) {
-                (MetricType::Utilization, Some(percent)) if percent > 0 => Ok(Trigger {
-                    name: format!("s{at}"),
-                    kind: TriggerKind::Cpu { utilization: f64::from(percent) },
-                }),
-                _ => refused(format!("metrics[{at}].resource.target"), "another", "Utilization is simulated"),
-            }
-        }
-        _ => refused(
-            format!("metrics[{at}].type"),
-            typed.kind,
-            "of a HorizontalPodAutoscaler the Resource cpu is simulated; queries come with a ScaledObject",
-        ),
-    };
-    let triggers = spec.metrics.into_iter().enumerate().map(metric).collect::<Result<Vec<Trigger>, _>>()?;
+    let triggers = spec.metrics.into_iter().enumerate();
+    let triggers =
+        triggers.map(|(at, typed)| metric(at, typed, adapter)).collect::<Result<Vec<Trigger>, _>>()?;
     Ok(Manifest {
         name: metadata.name,
         is_keda: false,
@@ -569,5 +673,41 @@ fn autoscaler(document: Document<PodAutoscaler>) -> Result<Manifest, ManifestErr
         behavior: spec.behavior.map(behavior),
         triggers,
         modifiers: None,
+        annotations: Annotations::default(),
     })
+}
+
+/// One of a HorizontalPodAutoscaler.
+fn metric(at: usize, typed: TypedMetric, adapter: &Adapter) -> Result<Trigger, ManifestError> {
+    let kind = match (typed.kind.as_str(), typed.resource, typed.pods) {
+        ("Resource", Some(resource), None) if resource.name == "cpu" => {
+            match (resource.target.kind, resource.target.average_utilization) {
+                (MetricType::Utilization, Some(percent)) if percent > 0 => {
+                    TriggerKind::Cpu { utilization: f64::from(percent) }
+                }
+                _ => {
+                    let field = format!("metrics[{at}].resource.target");
+                    return refused(field, "another", "Utilization is simulated");
+                }
+            }
+        }
+        ("Pods", None, Some(pods)) => {
+            let average = pods.target.average_value.and_then(|quantity| quantity.value());
+            match (pods.target.kind, average) {
+                (MetricType::AverageValue, Some(average)) if average > 0.0 => {
+                    TriggerKind::Pods { query: adapter.query(&pods.metric.name)?, average }
+                }
+                _ => {
+                    let rule = "metrics of pods have an averageValue above 0, such as \"4\" or \"500m\"";
+                    return refused(format!("metrics[{at}].pods.target"), "another", rule);
+                }
+            }
+        }
+        (kind, ..) => {
+            let rule = "of a HorizontalPodAutoscaler the Resource cpu and Pods are simulated; queries come with a \
+                        ScaledObject";
+            return refused(format!("metrics[{at}].type"), kind, rule);
+        }
+    };
+    Ok(Trigger { name: format!("s{at}"), kind, is_cached: false })
 }

@@ -1,12 +1,14 @@
 //! What KEDA and the Horizontal Pod Autoscaler do, as arithmetic: time, metrics and pods are arguments.
 //!
-//! - [`manifest`] reads a ScaledObject, or a HorizontalPodAutoscaler, as it is given to Kubernetes
+//! - [`manifest`] reads a ScaledObject, or a HorizontalPodAutoscaler, as it is given to Kubernetes; [`adapter`] the
+//!   rules of prometheus-adapter, which make metrics of pods from queries
 //! - [`keda`] is KEDA's operator: from zero to one and back, fallback; [`hpa`] what is between one and the most
 //! - [`promql`] answers the triggers' queries from [`samples`], which somebody scrapes
 //! - [`formula`] is the language of `scalingModifiers`
 //!
 //! Each function names the function of Kubernetes 1.36 or KEDA 2.20 that it follows.
 
+pub mod adapter;
 pub mod formula;
 pub mod hpa;
 pub mod keda;
@@ -14,6 +16,7 @@ pub mod manifest;
 pub mod promql;
 pub mod samples;
 
+pub use adapter::Adapter;
 pub use keda::{Autoscaler, ScaleTo};
 pub use manifest::{Manifest, ManifestError};
 pub use samples::SampleStore;
@@ -26,6 +29,8 @@ pub struct PodCounts {
     /// Pods that there are and that are not going: ready, starting and pending ones.
     pub existing: u32,
     pub ready: u32,
+    /// Of the existing ones, those whose container runs, ready or not, by the value of their label `pod`.
+    pub running: Vec<String>,
     /// Of each ready pod, the CPU that it uses over what it asks for, in percent.
     pub cpu_percent: Vec<f64>,
 }

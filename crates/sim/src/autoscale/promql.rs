@@ -1,11 +1,11 @@
 //! The part of PromQL that scalers use, over scraped samples.
 //!
 //! Selectors with matchers, `sum avg max min count [by|without]`, `rate increase *_over_time histogram_quantile vector
-//! scalar clamp* abs ceil floor round`, arithmetic, comparisons as filters, `and or unless`. Everything else is refused
-//! by name. The parser is ours: the one that there is for Rust (promql-parser) brings a parser generator and some
+//! scalar clamp* abs ceil floor round`, arithmetic, comparisons as filters, `and or unless`, `on` and `ignoring`. Everything else
+//! is refused by name. The parser is ours: the one that there is for Rust (promql-parser) brings a parser generator and some
 //! sixty crates that are built before it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use regex::Regex;
@@ -34,8 +34,23 @@ enum Node {
     Selector { name: String, matchers: Vec<Matcher>, range: Option<Duration> },
     Aggregate { how: String, by: bool, labels: Vec<String>, of: Box<Node> },
     Call(String, Vec<Node>),
-    Binary { operator: &'static str, is_bool: bool, left: Box<Node>, right: Box<Node> },
+    Binary { operation: Operation, left: Box<Node>, right: Box<Node> },
     Negated(Box<Node>),
+}
+
+#[derive(Clone, Debug)]
+struct Operation {
+    operator: &'static str,
+    is_bool: bool,
+    matching: Matching,
+}
+
+/// By which labels elements of two vectors belong together.
+#[derive(Clone, Debug)]
+struct Matching {
+    /// `on` these alone, else `ignoring` them: by all but the name where nothing is said.
+    on: bool,
+    labels: Vec<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -180,16 +195,24 @@ impl<'a> Parser<'a> {
         let mut left = self.level(level + 1)?;
         while let Some(operator) = operators.iter().copied().find(|operator| self.takes(operator)) {
             let is_bool = self.takes("bool");
-            for word in ["on", "ignoring", "group_left", "group_right"] {
-                if self.takes(word) {
-                    return wrong(format!("matching with {word} is not simulated"));
-                }
-            }
+            let matching = self.matching()?;
             let right = Box::new(self.level(level + 1)?);
-            left = Node::Binary { operator, is_bool, left: Box::new(left), right };
+            let operation = Operation { operator, is_bool, matching };
+            left = Node::Binary { operation, left: Box::new(left), right };
         }
         self.depth -= usize::from(level == 0);
         Ok(left)
+    }
+
+    fn matching(&mut self) -> Result<Matching, QueryError> {
+        let on = self.takes("on");
+        let labels = if on || self.takes("ignoring") { self.labels()? } else { Vec::new() };
+        for word in ["group_left", "group_right"] {
+            if self.takes(word) {
+                return wrong(format!("matching with {word} is not simulated"));
+            }
+        }
+        Ok(Matching { on, labels })
     }
 
     fn unary(&mut self) -> Result<Node, QueryError> {
@@ -243,6 +266,10 @@ impl<'a> Parser<'a> {
         if !by && !self.takes("without") {
             return Ok(None);
         }
+        Ok(Some((by, self.labels()?)))
+    }
+
+    fn labels(&mut self) -> Result<Vec<String>, QueryError> {
         self.expects("(")?;
         let mut labels = Vec::new();
         while !self.takes(")") {
@@ -252,7 +279,7 @@ impl<'a> Parser<'a> {
             }
             self.takes(",");
         }
-        Ok(Some((by, labels)))
+        Ok(labels)
     }
 
     fn call(&mut self, name: &str) -> Result<Node, QueryError> {
@@ -371,8 +398,8 @@ impl Evaluator<'_> {
                 Ok(Value::Vector(aggregate(how, *by, labels, &self.vector(of)?)))
             }
             Node::Call(name, arguments) => self.call(name, arguments),
-            Node::Binary { operator, is_bool, left, right } => {
-                binary(operator, *is_bool, self.value(left)?, self.value(right)?)
+            Node::Binary { operation, left, right } => {
+                binary(operation, self.value(left)?, self.value(right)?)
             }
             Node::Negated(inner) => Ok(match self.value(inner)? {
                 Value::Scalar(value) => Value::Scalar(-value),
@@ -596,7 +623,8 @@ fn bucket_quantile(quantile: f64, buckets: &[(f64, f64)]) -> f64 {
     start + (end - start) * (rank / count)
 }
 
-fn binary(operator: &str, is_bool: bool, left: Value, right: Value) -> Result<Value, QueryError> {
+fn binary(operation: &Operation, left: Value, right: Value) -> Result<Value, QueryError> {
+    let Operation { operator, is_bool, .. } = operation;
     match (left, right) {
         (Value::Scalar(left), Value::Scalar(right)) => match compared(operator, left, right) {
             Some(_) if !is_bool => wrong("two numbers are compared with bool only"),
@@ -605,13 +633,13 @@ fn binary(operator: &str, is_bool: bool, left: Value, right: Value) -> Result<Va
         },
         (Value::Vector(left), Value::Scalar(right)) => {
             let pairs = left.into_iter().map(|element| (element.value, right, element));
-            combined(operator, is_bool, pairs)
+            combined(operator, *is_bool, pairs)
         }
         (Value::Scalar(left), Value::Vector(right)) => {
             let pairs = right.into_iter().map(|element| (left, element.value, element));
-            combined(operator, is_bool, pairs)
+            combined(operator, *is_bool, pairs)
         }
-        (Value::Vector(left), Value::Vector(right)) => vectors(operator, is_bool, left, right),
+        (Value::Vector(left), Value::Vector(right)) => vectors(operation, left, right),
     }
 }
 
@@ -662,38 +690,44 @@ fn combined(
     Ok(Value::Vector(vector))
 }
 
-/// Elements are matched by all their labels but the name.
-fn vectors(
-    operator: &str,
-    is_bool: bool,
-    left: Vec<Element>,
-    right: Vec<Element>,
-) -> Result<Value, QueryError> {
-    let key = |element: &Element| group_of(&element.labels, false, &[]);
-    let of_right: BTreeMap<Labels, f64> = right.iter().map(|element| (key(element), element.value)).collect();
-    let keep = |is_there: bool| {
-        move |of_right: &BTreeMap<Labels, f64>, left: Vec<Element>| {
-            let wanted =
-                |element: &Element| of_right.contains_key(&group_of(&element.labels, false, &[])) == is_there;
-            left.into_iter().filter(wanted).collect::<Vec<Element>>()
-        }
+/// Set operators, and what else pairs one element with one (`VectorAnd`, `VectorBinop` of `promql/engine.go`).
+fn vectors(operation: &Operation, left: Vec<Element>, right: Vec<Element>) -> Result<Value, QueryError> {
+    let Operation { operator, is_bool, matching } = operation;
+    let key = |element: &Element| group_of(&element.labels, matching.on, &matching.labels);
+    let keys = |elements: &[Element]| elements.iter().map(key).collect::<BTreeSet<Labels>>();
+    let kept = |elements: Vec<Element>, others: &BTreeSet<Labels>, is_there: bool| {
+        elements.into_iter().filter(|element| others.contains(&key(element)) == is_there).collect::<Vec<_>>()
     };
-    match operator {
-        "and" => return Ok(Value::Vector(keep(true)(&of_right, left))),
-        "unless" => return Ok(Value::Vector(keep(false)(&of_right, left))),
+    match *operator {
+        "and" => return Ok(Value::Vector(kept(left, &keys(&right), true))),
+        "unless" => return Ok(Value::Vector(kept(left, &keys(&right), false))),
         "or" => {
-            let of_left: BTreeMap<Labels, f64> = left.iter().map(|element| (key(element), 0.0)).collect();
-            let others = keep(false)(&of_left, right);
+            let others = kept(right, &keys(&left), false);
             return Ok(Value::Vector(left.into_iter().chain(others).collect()));
         }
         _ => {}
     }
+    let of_right: BTreeMap<Labels, f64> = right.iter().map(|element| (key(element), element.value)).collect();
     if of_right.len() < right.len() {
-        return wrong("several elements of the right side have the same labels");
+        return wrong("several elements of the right side have the same labels to match by");
     }
-    let pairs = left.into_iter().filter_map(|element| {
-        let right = *of_right.get(&key(&element))?;
-        Some((element.value, right, element))
-    });
-    combined(operator, is_bool, pairs)
+    let mut matched = BTreeSet::new();
+    let mut pairs = Vec::new();
+    for mut element in left {
+        let key = key(&element);
+        let Some(right) = of_right.get(&key) else { continue };
+        if !is_bool && compared(operator, element.value, *right) == Some(false) {
+            continue;
+        }
+        if !matched.insert(key) {
+            return wrong("several elements of the left side match the same one of the right side");
+        }
+        if matching.on {
+            element.labels.retain(|label, _| label == "__name__" || matching.labels.contains(label));
+        } else {
+            element.labels.retain(|label, _| !matching.labels.contains(label));
+        }
+        pairs.push((element.value, *right, element));
+    }
+    combined(operator, *is_bool, pairs.into_iter())
 }

@@ -5,16 +5,17 @@ use proptest::prelude::*;
 use serde::Deserialize;
 use servelab_sim::autoscale::hpa::{
     Behavior, Limits, Memory, Policy, PolicyKind, Rules, Select, Tolerances, per_pod_replicas,
-    ratio_replicas, resource_replicas,
+    pods_replicas, ratio_replicas, resource_replicas,
 };
 use servelab_sim::autoscale::promql::{Query, Value};
-use servelab_sim::autoscale::{Autoscaler, Manifest, PodCounts, SampleStore};
+use servelab_sim::autoscale::{Adapter, Autoscaler, Manifest, PodCounts, SampleStore};
 
 #[derive(Deserialize)]
 struct Cases {
     ratio: Vec<Case<(u32, u32, f64, f64, u32)>>,
     per_pod: Vec<Case<(u32, f64, f64, u32)>>,
     resource: Vec<Case<(u32, u32, Vec<f64>, f64, u32)>>,
+    pods: Vec<Case<(u32, u32, u32, Vec<f64>, f64, u32)>>,
     decide: Vec<Decide>,
 }
 
@@ -64,9 +65,15 @@ fn the_arithmetic_is_what_its_sources_say() {
         assert_eq!(per_pod_replicas(*existing, *usage, *target, tolerances), *replicas, "{reference}");
     }
     for Case { reference, case: (current, existing, percents, target, replicas) } in &cases.resource {
-        let found = resource_replicas(*current, *existing, percents, *target, tolerances);
+        let unready = existing - percents.len() as u32;
+        let found = resource_replicas(*current, percents, unready, *target, tolerances);
         assert_eq!(found, Some(*replicas), "{reference}");
     }
+    for Case { reference, case: (current, pending, missing, values, target, replicas) } in &cases.pods {
+        let found = pods_replicas(*current, values, *pending, *missing, *target, tolerances);
+        assert_eq!(found, Some(*replicas), "{reference}");
+    }
+    assert_eq!(pods_replicas(3, &[], 1, 2, 4.0, tolerances), None);
     for Decide { reference, behavior: name, min, max, steps } in &cases.decide {
         let limits = Limits { min: *min, max: *max, behavior: behavior(name) };
         let mut memory = Memory::default();
@@ -75,7 +82,8 @@ fn the_arithmetic_is_what_its_sources_say() {
             assert_eq!(found, *replicas, "{reference}, at {seconds} s");
         }
     }
-    let all = cases.ratio.len() + cases.per_pod.len() + cases.resource.len() + cases.decide.len();
+    let averages = cases.per_pod.len() + cases.resource.len() + cases.pods.len();
+    let all = cases.ratio.len() + averages + cases.decide.len();
     assert!(all >= 40, "{all} cases");
 }
 
@@ -176,7 +184,7 @@ fn a_series_ends_with_its_target_or_after_five_minutes() {
 fn what_is_not_simulated_is_refused_by_name() {
     for (query, part) in [
         ("predict_linear(queue[1m], 60)", "predict_linear is not simulated"),
-        ("sum(queue) / on (model_name) sum(queue)", "on is not simulated"),
+        ("queue / on (model_name) group_left sum by (model_name) (queue)", "group_left is not simulated"),
         ("queue offset 5m", "offset"),
         ("rate(queue[2h])", "an hour at most"),
         ("sum(queue", "missing"),
@@ -194,9 +202,13 @@ fn what_is_not_simulated_is_refused_by_name() {
 // ---- the operator ----
 
 fn manifest(spec: &str, metadata: &str) -> Manifest {
+    annotated("", spec, metadata)
+}
+
+fn annotated(annotations: &str, spec: &str, metadata: &str) -> Manifest {
     let text = format!(
-        "apiVersion: keda.sh/v1alpha1\nkind: ScaledObject\nmetadata: {{name: test}}\nspec:\n  scaleTargetRef: \
-         {{name: servelab}}\n{spec}  triggers:\n    - type: prometheus\n      metadata:\n        query: sum(queue)\n        \
+        "apiVersion: keda.sh/v1alpha1\nkind: ScaledObject\nmetadata: {{name: test, annotations: {{{annotations}}}}}\n\
+         spec:\n  scaleTargetRef: {{name: servelab}}\n{spec}  triggers:\n    - type: prometheus\n      metadata:\n        query: sum(queue)\n        \
          threshold: \"5\"\n{metadata}"
     );
     Manifest::parse(&text).unwrap()
@@ -218,7 +230,7 @@ fn replicas(
             None => store.target_gone(now, "router"),
         }
         while autoscaler.next_wake() <= now {
-            let pods = PodCounts { wanted, existing: wanted, ready: wanted, cpu_percent: Vec::new() };
+            let pods = PodCounts { wanted, existing: wanted, ready: wanted, ..PodCounts::default() };
             if let Some(scaled) = autoscaler.tick(now, &store, &pods) {
                 wanted = scaled.replicas;
             }
@@ -254,6 +266,102 @@ fn no_data_is_zero_unless_it_is_not_to_be_ignored() {
 }
 
 #[test]
+fn a_cached_metric_is_what_the_operator_saw_at_its_last_poll() {
+    let spec = "  pollingInterval: 60\n  minReplicaCount: 1\n  maxReplicaCount: 8\n";
+    let queue = |second| Some(if second > 60 { 20.0 } else { 5.0 });
+    let fresh = replicas(manifest(spec, ""), 200, 1, queue);
+    assert_eq!([fresh[&74], fresh[&75]], [1, 4]);
+    let cached = replicas(manifest(spec, "      useCachedMetrics: true\n"), 200, 1, queue);
+    assert_eq!([cached[&75], cached[&119], cached[&120]], [1, 1, 4]);
+}
+
+#[test]
+fn annotations_pause_what_they_name() {
+    let spec = "  pollingInterval: 10\n  cooldownPeriod: 30\n  maxReplicaCount: 8\n";
+    let run = |annotations: &str, from: u32, queue: f64| {
+        let manifest = annotated(annotations, spec, "");
+        replicas(manifest, 600, from, |_| Some(queue))[&600]
+    };
+    assert_eq!([run("", 2, 40.0), run("", 2, 0.0), run("", 0, 40.0)], [8, 0, 8]);
+    let paused = "autoscaling.keda.sh/paused: \"true\"";
+    assert_eq!([run(paused, 2, 40.0), run(paused, 2, 0.0), run(paused, 0, 40.0)], [2, 2, 0]);
+    assert_eq!(run("autoscaling.keda.sh/paused: \"false\"", 2, 40.0), 8);
+    let there = "autoscaling.keda.sh/paused-replicas: \"3\"";
+    assert_eq!([run(there, 2, 40.0), run(there, 8, 0.0), run(there, 0, 0.0)], [3, 3, 3]);
+    let scale_in = "autoscaling.keda.sh/paused-scale-in: \"true\"";
+    assert_eq!([run(scale_in, 2, 40.0), run(scale_in, 5, 0.0), run(scale_in, 5, 10.0)], [8, 5, 5]);
+    let scale_out = "autoscaling.keda.sh/paused-scale-out: \"true\"";
+    assert_eq!([run(scale_out, 2, 40.0), run(scale_out, 2, 0.0), run(scale_out, 0, 40.0)], [2, 0, 0]);
+    let forced = "autoscaling.keda.sh/force-activation: \"true\"";
+    assert_eq!([run(forced, 0, 0.0), run(forced, 5, 0.0)], [1, 1]);
+}
+
+/// The manifest that is shipped, with the adapter's rules that are shipped beside it.
+#[test]
+fn an_autoscaler_on_a_metric_of_pods_sees_what_the_adapter_offers() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/kustomize/components/hpa");
+    let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let adapter = Adapter::parse(&text("adapter-values.yaml")).unwrap();
+    assert!(adapter.query("another").unwrap_err().to_string().contains("offered: held_requests"));
+    let manifest = Manifest::parse_with(&text("hpa.yaml"), &adapter).unwrap();
+    assert!(Manifest::parse(&text("hpa.yaml")).unwrap_err().to_string().contains("held_requests"));
+
+    let (mut autoscaler, mut store) = (Autoscaler::new(manifest), SampleStore::default());
+    let mut record = |seconds: u64, pod: &str, running: f64, waiting: f64| {
+        let labels = [("namespace", "servelab"), ("pod", pod)];
+        for (name, value) in [("running", running), ("waiting", waiting)] {
+            let name = format!("servelab_num_requests_{name}");
+            store.record(Duration::from_secs(seconds), pod, &name, &labels, value);
+        }
+    };
+    record(10, "a", 4.0, 8.0);
+    record(10, "b", 4.0, 0.0);
+    // One that is going does not count.
+    record(10, "gone", 100.0, 100.0);
+    let pods = |existing: u32, running: &[&str]| PodCounts {
+        wanted: existing,
+        existing,
+        running: running.iter().map(|&pod| pod.to_owned()).collect(),
+        ..PodCounts::default()
+    };
+    let at = Duration::from_secs(15);
+    let scaled = autoscaler.tick(at, &store, &pods(2, &["a", "b"])).unwrap();
+    assert_eq!(scaled.replicas, 4, "16 in two pods, 4 for each: {}", scaled.reason);
+    let waits = autoscaler.tick(2 * at, &store, &pods(4, &["a", "b"]));
+    assert_eq!(waits, None, "two more are on their way");
+    assert_eq!(autoscaler.new_complaint(at, &store), None);
+    let empty = SampleStore::default();
+    assert!(autoscaler.new_complaint(at, &empty).unwrap().contains("no pod has the metric"));
+}
+
+#[test]
+fn rules_of_the_adapter_that_cannot_be_simulated_are_refused_by_name() {
+    let resources = "resources: {overrides: {namespace: {resource: namespace}, pod: {resource: pod}}}";
+    for (text, part) in [
+        ("rules: {custom: []}".to_owned(), "rules.default is true"),
+        ("a: 1".to_owned(), "rules"),
+        (format!("rules: [{{seriesQuery: '{{a=\"b\"}}', {resources}, metricsQuery: a}}]"), "name of a metric"),
+        ("rules: [{seriesQuery: a, resources: {overrides: {}}, metricsQuery: a}]".to_owned(), "namespace and pod"),
+        (
+            format!("rules: [{{seriesQuery: a, {resources}, name: {{matches: '('}}, metricsQuery: a}}]"),
+            "name.matches",
+        ),
+    ] {
+        let error = Adapter::parse(&text).unwrap_err().to_string();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+    let of = |query: &str| {
+        let rule = "name: {matches: '^(.*)_total$'}";
+        let text = format!("rules: [{{seriesQuery: a_total, {resources}, {rule}, metricsQuery: '{query}'}}]");
+        Adapter::parse(&text).unwrap().query("a")
+    };
+    let query = of("sum(rate(<<.Series>>{<<.LabelMatchers>>}[1m])) by (<<.GroupBy>>)").unwrap();
+    assert_eq!(query.text(), "sum(rate(a_total{namespace=\"servelab\"}[1m])) by (pod)");
+    assert!(of("<<.LabelValuesByName>>").unwrap_err().to_string().contains("LabelValuesByName"));
+    assert!(of("sum(").unwrap_err().to_string().contains("metricsQuery"));
+}
+
+#[test]
 fn manifests_that_cannot_be_simulated_are_refused_by_name() {
     let refusal = |text: &str| Manifest::parse(text).unwrap_err().to_string();
     let object = |spec: &str| {
@@ -277,6 +385,13 @@ fn manifests_that_cannot_be_simulated_are_refused_by_name() {
         let error = refusal(&object(spec));
         assert!(error.contains(part), "{spec}: {error}");
     }
+    let annotated = |annotation: &str| {
+        let annotations = format!("metadata: {{name: a, annotations: {{{annotation}}}}}");
+        refusal(&object("  triggers: []\n").replace("metadata: {name: a}", &annotations))
+    };
+    assert!(annotated("autoscaling.keda.sh/other: \"1\"").contains("autoscaling.keda.sh/other is 1"));
+    assert!(annotated("autoscaling.keda.sh/paused: \"yes\"").contains("paused is \"yes\""));
+    assert!(annotated("autoscaling.keda.sh/paused-replicas: many").contains("paused-replicas is \"many\""));
     assert!(refusal("kind: Deployment\n").contains("Deployment"));
     assert!(refusal("a: [").contains("no manifest"));
 }

@@ -77,6 +77,14 @@ const QUERIES: &[&str] = &[
     "clamp(sum(waiting), 1, 5) + clamp_min(vector(2), 3) + clamp_max(vector(9), 4)",
     "ceil(sum(waiting) / 7) + floor(vector(2.5)) + round(vector(2.5)) + abs(vector(-1))",
     "scalar(sum(running)) * waiting",
+    "waiting / on (instance, model) running",
+    "waiting - on (instance) running",
+    "waiting > on (instance) running",
+    "waiting > bool ignoring (model) running",
+    "sum by (model) (waiting) / ignoring (instance) sum by (model) (running)",
+    "waiting and on (model) running",
+    "waiting unless on (model) running",
+    "running or on (instance) waiting",
 ];
 
 fn store() -> SampleStore {
