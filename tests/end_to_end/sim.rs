@@ -210,3 +210,34 @@ fn results_that_cannot_be_fitted_are_refused() {
         "total_output_tokens": 80, "request_throughput": 2.0, "mean_ttft_ms": 50.0, "mean_tpot_ms": 10.0}"#;
     assert!(refused(one).contains("1 points are too few; measure at least 3"));
 }
+
+/// The autoscaler that is shipped for clusters without KEDA, with the rules that give it its metric.
+#[test]
+fn a_fleet_is_scaled_by_a_metric_of_its_pods() {
+    let folder =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/kustomize/components/hpa");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let (hpa, rules) = (path("hpa.yaml"), path("adapter-values.yaml"));
+    let busy = [
+        ["sim", "--json"],
+        ["--scaler", &hpa],
+        ["--rate", "8"],
+        ["--workload", "azure-chat"],
+        ["--duration", "4m"],
+    ]
+    .concat();
+    let with = |rules: &str| run(servelab(&[&busy[..], &["--prometheus-adapter", rules]].concat()));
+    let (code, out, error) = with(&rules);
+    assert!(code == 0, "{error}");
+    let outcome = &serde_json::from_str::<Value>(&out).unwrap()[0];
+    let said = outcome["log"].to_string();
+    assert!(said.contains("HPA: 1 to") && said.contains("s0 is") && said.contains("a pod"), "{said}");
+    assert!(outcome["most_ready"].as_u64().unwrap() > 2, "{}", outcome["most_ready"]);
+
+    let (code, _, error) = run(servelab(&busy));
+    assert!(code == 2 && error.contains("no rule offers the metric \"held_requests\""), "{code} {error}");
+    let (code, _, error) = with("no/such/file");
+    assert!(code == 2 && error.contains("--prometheus-adapter: cannot read no/such/file"), "{code} {error}");
+    let (code, _, error) = with(&hpa);
+    assert!(code == 2 && error.contains("rules"), "{code} {error}");
+}

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use servelab_front::{BodyError, KeyError};
 use servelab_wire::{ErrorBody, ErrorEnvelope, ErrorType};
@@ -109,8 +110,8 @@ impl RouterError {
     }
 
     /// The event that ends a stream whose answer is not whole.
-    pub fn event(&self) -> String {
-        servelab_wire::sse::frame(&self.envelope()).unwrap_or_default()
+    pub fn event(&self) -> Bytes {
+        servelab_wire::sse::frame(&self.envelope()).unwrap_or_default().into()
     }
 
     fn shape(&self) -> (StatusCode, ErrorType, Option<&'static str>) {

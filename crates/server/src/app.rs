@@ -169,21 +169,21 @@ impl App {
 /// What answers repeat about themselves.
 #[derive(Clone, Debug)]
 pub struct Heading {
-    pub id: String,
+    pub id: Arc<str>,
     /// Seconds since the Unix epoch.
     pub created: u64,
-    pub model: String,
-    pub system_fingerprint: String,
+    pub model: Arc<str>,
+    pub system_fingerprint: Arc<str>,
 }
 
 impl Heading {
     /// `kind` is `chatcmpl` or `cmpl`. The answer is called by the name that the client used.
     pub fn new(app: &App, kind: &str, common: &CommonFields) -> Self {
         Self {
-            id: format!("{kind}-{}", uuid::Uuid::new_v4().simple()),
+            id: format!("{kind}-{}", uuid::Uuid::new_v4().simple()).into(),
             created: app.clock.unix(),
-            model: common.model.clone().unwrap_or_else(|| app.model_name().to_owned()),
-            system_fingerprint: format!("servelab-{}", env!("CARGO_PKG_VERSION")),
+            model: common.model.as_deref().unwrap_or(app.model_name()).into(),
+            system_fingerprint: concat!("servelab-", env!("CARGO_PKG_VERSION")).into(),
         }
     }
 }

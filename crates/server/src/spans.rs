@@ -4,7 +4,7 @@
 
 use serde_json::json;
 use servelab_telemetry::RequestTrace;
-use servelab_telemetry::traces::KeyValue;
+use servelab_telemetry::traces::{KeyValue, StringValue};
 use servelab_wire::{ChatMessage, CommonFields, FinishReason, Prompt, Usage};
 
 use crate::app::{App, Heading};
@@ -80,8 +80,8 @@ fn tell_input(trace: &RequestTrace, messages: impl Iterator<Item = (serde_json::
 pub fn tell_heading(trace: &RequestTrace, heading: &Heading) {
     if trace.is_recorded() {
         trace.set([
-            KeyValue::new("gen_ai.response.id", heading.id.clone()),
-            KeyValue::new("gen_ai.response.model", heading.model.clone()),
+            KeyValue::new("gen_ai.response.id", StringValue::from(heading.id.clone())),
+            KeyValue::new("gen_ai.response.model", StringValue::from(heading.model.clone())),
         ]);
     }
 }

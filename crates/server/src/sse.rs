@@ -33,13 +33,13 @@ where
         loop {
             // A proxy between here and the client gives up on a stream that says nothing.
             let Ok(chunk) = tokio::time::timeout(KEEP_ALIVE, chunks.next()).await else {
-                yield sse::KEEP_ALIVE.to_owned();
+                yield Bytes::from_static(sse::KEEP_ALIVE.as_bytes());
                 continue;
             };
             let Some(chunk) = chunk else { break };
             match chunk.unwrap_or_else(|_| Err(ApiError::Internal("a stream panicked".into()))) {
                 Ok(chunk) => match sse::frame(&chunk) {
-                    Ok(frame) => yield frame,
+                    Ok(frame) => yield Bytes::from(frame),
                     Err(error) => {
                         yield error_frame(&span, &ApiError::Internal(error.to_string()));
                         return;
@@ -51,10 +51,9 @@ where
                 }
             }
         }
-        yield sse::DONE.to_owned();
+        yield Bytes::from_static(sse::DONE.as_bytes());
     };
-    let mut response =
-        Response::new(Body::from_stream(frames.map(|frame| Ok::<_, Infallible>(Bytes::from(frame)))));
+    let mut response = Response::new(Body::from_stream(frames.map(Ok::<Bytes, Infallible>)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -63,12 +62,12 @@ where
     response
 }
 
-fn error_frame(span: &tracing::Span, error: &ApiError) -> String {
+fn error_frame(span: &tracing::Span, error: &ApiError) -> Bytes {
     span.in_scope(|| match error.log_detail() {
         Some(detail) => tracing::error!(detail, "a stream failed"),
         None => tracing::warn!(%error, "a stream was cut"),
     });
-    sse::frame(&error.envelope()).unwrap_or_default()
+    sse::frame(&error.envelope()).unwrap_or_default().into()
 }
 
 #[cfg(test)]

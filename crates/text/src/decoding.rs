@@ -1,6 +1,5 @@
 //! How a token's stored form becomes text: the decoder of `tokenizer.json`, as bytes of one token at a time.
 
-use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use serde_json::Value;
@@ -67,7 +66,7 @@ impl Decoding {
     pub(crate) fn bytes(&self, token: &str) -> Option<Vec<u8>> {
         match self {
             Decoding::ByteLevel => {
-                let mapped: Option<Vec<u8>> = token.chars().map(|c| BYTE_OF_CHAR.get(&c).copied()).collect();
+                let mapped: Option<Vec<u8>> = token.chars().map(byte_of).collect();
                 Some(mapped.unwrap_or_else(|| token.as_bytes().to_vec()))
             }
             Decoding::Pieces { .. } => {
@@ -96,24 +95,32 @@ fn fallback_byte(token: &str) -> Option<u8> {
 
 /// GPT-2's `bytes_to_unicode`, reversed: printable Latin-1 bytes stand for themselves, the other 68 follow each
 /// other from U+0100 (Radford et al. 2019, `encoder.py`).
-static BYTE_OF_CHAR: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
+static BYTE_OF_CHAR: LazyLock<[Option<u8>; 0x100 + 68]> = LazyLock::new(|| {
     let itself = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let others = (0..=255u8).filter(|byte| !itself(byte)).zip('\u{100}'..);
-    let direct = (0..=255u8).filter(itself).map(|byte| (char::from(byte), byte));
-    direct.chain(others.map(|(byte, c)| (c, byte))).collect()
+    let others = (0..=255u8).filter(|byte| !itself(byte)).zip(0x100..);
+    let direct = (0..=255u8).filter(itself).map(|byte| (byte, usize::from(byte)));
+    let mut bytes = [None; _];
+    direct.chain(others).for_each(|(byte, c)| bytes[c] = Some(byte));
+    bytes
 });
+
+fn byte_of(c: char) -> Option<u8> {
+    *BYTE_OF_CHAR.get(c as usize)?
+}
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use serde_json::json;
 
     #[test]
     fn the_byte_table_is_a_bijection() {
-        assert_eq!(BYTE_OF_CHAR.len(), 256);
-        assert_eq!(BYTE_OF_CHAR[&'Ġ'], b' ');
-        assert_eq!(BYTE_OF_CHAR[&'Ċ'], b'\n');
-        assert_eq!(BYTE_OF_CHAR[&'Ń'], 0xad);
+        let bytes: BTreeSet<u8> = BYTE_OF_CHAR.iter().copied().flatten().collect();
+        assert_eq!(bytes.len(), 256);
+        assert_eq!([' ', '\u{ad}', 'ń'].map(byte_of), [None; 3]);
+        assert_eq!(['a', 'Ġ', 'Ċ', 'Ń'].map(byte_of), [b'a', b' ', b'\n', 0xad].map(Some));
     }
 
     #[test]

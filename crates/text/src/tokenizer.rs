@@ -20,6 +20,8 @@ const ROLES: [&str; 7] =
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     decoding: Decoding,
+    /// Of the tokens that `skip_special_tokens` leaves out, in order.
+    special_ids: Vec<u32>,
     special_tokens: BTreeMap<String, String>,
     vocab_size: usize,
     placeholders: bool,
@@ -51,7 +53,8 @@ impl Tokenizer {
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let special_tokens = tokenizer_config.map(special_tokens).transpose()?.unwrap_or_default();
         let decoding = Decoding::from_decoder(&decoder);
-        Ok(Tokenizer { inner, decoding, special_tokens, vocab_size, placeholders: false })
+        let special_ids = special_ids(&inner);
+        Ok(Tokenizer { inner, decoding, special_ids, special_tokens, vocab_size, placeholders: false })
     }
 
     /// For models with drawn weights, whose vocabulary is larger than the tokenizer's: ids up to `vocab_size`
@@ -142,7 +145,7 @@ impl Tokenizer {
 
     /// Whether `skip_special_tokens` leaves this id out of the text.
     pub fn is_special(&self, id: u32) -> bool {
-        matches!(self.stored(id), Ok(Some(token)) if self.inner.get_added_vocabulary().is_special_token(&token))
+        self.special_ids.binary_search(&id).is_ok()
     }
 
     /// The token as `tokenizer.json` stores it; `None` if a placeholder stands in for it.
@@ -157,6 +160,15 @@ impl Tokenizer {
     pub(crate) fn decoding(&self) -> &Decoding {
         &self.decoding
     }
+}
+
+fn special_ids(tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
+    let vocabulary = tokenizer.get_added_vocabulary();
+    let added = vocabulary.get_added_tokens_decoder().iter();
+    let mut ids: Vec<u32> =
+        added.filter(|(_, token)| vocabulary.is_special_token(&token.content)).map(|(id, _)| *id).collect();
+    ids.sort_unstable();
+    ids
 }
 
 /// The visible text of an id without a token.

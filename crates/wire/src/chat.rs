@@ -1,5 +1,8 @@
 //! `POST /v1/chat/completions`.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -49,14 +52,14 @@ fn chat_logprobs(fields: &mut Fields) -> Result<Option<u32>, FieldError> {
 /// The whole answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ChatCompletion {
-    pub id: String,
-    pub object: String,
+    pub id: Arc<str>,
+    pub object: Cow<'static, str>,
     /// Seconds since the Unix epoch.
     pub created: u64,
-    pub model: String,
+    pub model: Arc<str>,
     pub choices: Vec<ChatChoice>,
     pub usage: Usage,
-    pub system_fingerprint: String,
+    pub system_fingerprint: Arc<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobs>,
 }
@@ -80,11 +83,11 @@ pub struct ChatReply {
 /// A piece of a streamed answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ChatChunk {
-    pub id: String,
-    pub object: String,
+    pub id: Arc<str>,
+    pub object: Cow<'static, str>,
     pub created: u64,
-    pub model: String,
-    pub system_fingerprint: String,
+    pub model: Arc<str>,
+    pub system_fingerprint: Arc<str>,
     pub choices: Vec<ChatChunkChoice>,
     /// Absent unless the client asked for usage; null in all chunks but the last, or in none.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,5 +1,8 @@
 //! `POST /v1/completions`.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -87,13 +90,13 @@ fn one(value: Value, at: usize) -> Result<Prompt, FieldError> {
 /// The whole answer, or, when streamed, a piece of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
-    pub id: String,
-    pub object: String,
+    pub id: Arc<str>,
+    pub object: Cow<'static, str>,
     /// Seconds since the Unix epoch.
     pub created: u64,
-    pub model: String,
+    pub model: Arc<str>,
     pub choices: Vec<CompletionChoice>,
-    pub system_fingerprint: String,
+    pub system_fingerprint: Arc<str>,
     /// Absent from the chunks of a stream unless the client asked for it; then null in all but the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,

@@ -12,9 +12,15 @@ pub const KEEP_ALIVE: &str = ": keep-alive\n\n";
 ///
 /// # Errors
 /// If `data` cannot be written as JSON.
-pub fn frame<T: Serialize>(data: &T) -> Result<String, serde_json::Error> {
+pub fn frame<T: Serialize>(data: &T) -> Result<Vec<u8>, serde_json::Error> {
+    /// Room for a token with all that is said of it.
+    const USUAL_BYTES: usize = 384;
+    let mut frame = Vec::with_capacity(USUAL_BYTES);
+    frame.extend_from_slice(b"data: ");
     // JSON text holds no raw line break, so that one `data:` line carries it all.
-    serde_json::to_string(data).map(|json| format!("data: {json}\n\n"))
+    serde_json::to_writer(&mut frame, data)?;
+    frame.extend_from_slice(b"\n\n");
+    Ok(frame)
 }
 
 /// Splits a byte stream into the `data` of its events, wherever the network cut it.

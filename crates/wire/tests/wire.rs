@@ -149,11 +149,12 @@ fn the_table_names_no_field_twice_and_none_that_is_implemented() {
 
 #[test]
 fn events_are_found_wherever_the_network_cuts() {
-    let bytes = format!("{}: comment\r\n\r\ndata: [DONE]\n\n", frame(&json!({"a": "ö\n"})).unwrap());
-    let whole = SseReader::default().push(bytes.as_bytes());
+    let mut bytes = frame(&json!({"a": "ö\n"})).unwrap();
+    bytes.extend_from_slice(b": comment\r\n\r\ndata: [DONE]\n\n");
+    let whole = SseReader::default().push(&bytes);
     assert_eq!(whole, ["{\"a\":\"ö\\n\"}", "[DONE]"]);
     for cut in 0..=bytes.len() {
-        let (first, second) = bytes.as_bytes().split_at(cut);
+        let (first, second) = bytes.split_at(cut);
         let mut reader = SseReader::default();
         let mut events = reader.push(first);
         events.extend(reader.push(second));

@@ -183,7 +183,7 @@ impl Passing {
         };
         self.flight.failed();
         if self.events.is_some() {
-            return Poll::Ready(Some(Ok(Frame::data(Bytes::from(error.event())))));
+            return Poll::Ready(Some(Ok(Frame::data(error.event()))));
         }
         Poll::Ready(Some(Err(error)))
     }

@@ -154,7 +154,9 @@ fn offered(series: &str, name: &Name) -> Result<String, String> {
         (Some(template), _) => template.clone(),
         (None, 1) => "${0}".to_owned(),
         (None, 2) => "${1}".to_owned(),
-        (None, _) => return Err(format!("name.matches is {pattern:?}; with several groups name.as is needed")),
+        (None, _) => {
+            return Err(format!("name.matches is {pattern:?}; with several groups name.as is needed"));
+        }
     };
     Ok(matches.replace(series, template).into_owned())
 }

@@ -233,12 +233,7 @@ impl Autoscaler {
     }
 
     /// What each metric asks for.
-    fn proposals(
-        &mut self,
-        now: Duration,
-        samples: &SampleStore,
-        pods: &PodCounts,
-    ) -> Vec<Proposal> {
+    fn proposals(&mut self, now: Duration, samples: &SampleStore, pods: &PodCounts) -> Vec<Proposal> {
         let told = self.told(now, samples);
         if let Some(modifiers) = self.manifest.modifiers.clone() {
             let reading = self.composite(&modifiers, &told);
@@ -279,9 +274,7 @@ impl Autoscaler {
         let tolerances = self.tolerances();
         let replicas = match target {
             Target::AverageValue(target) => hpa::per_pod_replicas(pods.existing, usage, target, tolerances),
-            Target::Value(target) => {
-                hpa::ratio_replicas(pods.wanted, pods.ready, usage, target, tolerances)
-            }
+            Target::Value(target) => hpa::ratio_replicas(pods.wanted, pods.ready, usage, target, tolerances),
         };
         (format!("{name} is {}", short(usage)), Some(replicas))
     }
@@ -289,8 +282,7 @@ impl Autoscaler {
     fn of_cpu(&self, name: &str, utilization: f64, pods: &PodCounts) -> Proposal {
         let percents = &pods.cpu_percent;
         let unready = pods.existing.saturating_sub(percents.len() as u32);
-        let replicas =
-            hpa::resource_replicas(pods.wanted, percents, unready, utilization, self.tolerances());
+        let replicas = hpa::resource_replicas(pods.wanted, percents, unready, utilization, self.tolerances());
         (format!("{name} is {}", short(mean(percents))), replicas)
     }
 
@@ -364,7 +356,8 @@ fn read(trigger: &Trigger, now: Duration, samples: &SampleStore) -> Option<Readi
 fn pod_values(query: &Query, now: Duration, samples: &SampleStore) -> Result<BTreeMap<String, f64>, String> {
     match query.at(now, samples).map_err(|error| error.to_string())? {
         Value::Vector(vector) if !vector.is_empty() => {
-            let of = |mut element: super::promql::Element| Some((element.labels.remove("pod")?, element.value));
+            let of =
+                |mut element: super::promql::Element| Some((element.labels.remove("pod")?, element.value));
             Ok(vector.into_iter().filter_map(of).collect())
         }
         _ => Err("no pod has the metric".to_owned()),

@@ -509,7 +509,11 @@ fn with_paused(behavior: Option<Behavior>, annotations: Annotations) -> Option<B
 fn trigger(at: usize, typed: TypedTrigger) -> Result<Trigger, ManifestError> {
     let is_cached = typed.use_cached_metrics;
     if is_cached && typed.kind == "cpu" {
-        return refused(format!("triggers[{at}].useCachedMetrics"), true, "KEDA refuses it for a cpu trigger");
+        return refused(
+            format!("triggers[{at}].useCachedMetrics"),
+            true,
+            "KEDA refuses it for a cpu trigger",
+        );
     }
     let name = typed.name.clone().unwrap_or_else(|| format!("s{at}"));
     let kind = match typed.kind.as_str() {

@@ -4,8 +4,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use serde::Deserialize;
 use servelab_sim::autoscale::hpa::{
-    Behavior, Limits, Memory, Policy, PolicyKind, Rules, Select, Tolerances, per_pod_replicas,
-    pods_replicas, ratio_replicas, resource_replicas,
+    Behavior, Limits, Memory, Policy, PolicyKind, Rules, Select, Tolerances, per_pod_replicas, pods_replicas,
+    ratio_replicas, resource_replicas,
 };
 use servelab_sim::autoscale::promql::{Query, Value};
 use servelab_sim::autoscale::{Adapter, Autoscaler, Manifest, PodCounts, SampleStore};
@@ -299,7 +299,8 @@ fn annotations_pause_what_they_name() {
 /// The manifest that is shipped, with the adapter's rules that are shipped beside it.
 #[test]
 fn an_autoscaler_on_a_metric_of_pods_sees_what_the_adapter_offers() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/kustomize/components/hpa");
+    let folder =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/kustomize/components/hpa");
     let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
     let adapter = Adapter::parse(&text("adapter-values.yaml")).unwrap();
     assert!(adapter.query("another").unwrap_err().to_string().contains("offered: held_requests"));
@@ -340,8 +341,14 @@ fn rules_of_the_adapter_that_cannot_be_simulated_are_refused_by_name() {
     for (text, part) in [
         ("rules: {custom: []}".to_owned(), "rules.default is true"),
         ("a: 1".to_owned(), "rules"),
-        (format!("rules: [{{seriesQuery: '{{a=\"b\"}}', {resources}, metricsQuery: a}}]"), "name of a metric"),
-        ("rules: [{seriesQuery: a, resources: {overrides: {}}, metricsQuery: a}]".to_owned(), "namespace and pod"),
+        (
+            format!("rules: [{{seriesQuery: '{{a=\"b\"}}', {resources}, metricsQuery: a}}]"),
+            "name of a metric",
+        ),
+        (
+            "rules: [{seriesQuery: a, resources: {overrides: {}}, metricsQuery: a}]".to_owned(),
+            "namespace and pod",
+        ),
         (
             format!("rules: [{{seriesQuery: a, {resources}, name: {{matches: '('}}, metricsQuery: a}}]"),
             "name.matches",

@@ -15,14 +15,14 @@ use http::{HeaderMap, Uri};
 use opentelemetry::propagation::TextMapPropagator;
 pub use opentelemetry::trace::SpanKind;
 use opentelemetry::trace::TracerProvider;
-use opentelemetry::{Array, Context, Key, StringValue};
+use opentelemetry::{Array, Context, Key};
 use opentelemetry_http::HeaderExtractor;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 
 pub use export::SpanCounters;
-pub use opentelemetry::{KeyValue, Value};
+pub use opentelemetry::{KeyValue, StringValue, Value};
 pub use request::{Child, OpenSpan, RequestTrace};
 
 use export::{Queue, Worker};
