@@ -157,8 +157,7 @@ typed! {
     #[arg(long, value_name = "TIME", help_heading = "Network")]
     drain_timeout: TimeSpan,
     /// Threads that pass requests on; prompts become tokens on others, for which the rest is meant. More than are busy
-    /// cost time, since one wakes the other for every request; a single one makes a stall one for all [default: half of
-    /// the cores, at least 2 where there are as many].
+    /// cost time, since one wakes the other for every request [default: half of the cores, at least 1].
     #[arg(long, value_name = "COUNT", help_heading = "Network")]
     threads: usize,
 

@@ -163,10 +163,8 @@ impl RouteSettings {
 const MOST_THREADS: usize = 1024;
 
 fn threads(typed: Option<usize>) -> Result<usize, RouteSettingsError> {
-    // With one thread a stall of some milliseconds is one for all, and opens hundreds of connections before it is over.
-    const FEWEST: usize = 2;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    match typed.unwrap_or((cores / 2).max(FEWEST).min(cores)) {
+    match typed.unwrap_or((cores / 2).max(1)) {
         threads @ 1..=MOST_THREADS => Ok(threads),
         wrong => Err(RouteSettingsError::Range {
             name: "threads",
