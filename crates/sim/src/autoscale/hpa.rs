@@ -75,6 +75,12 @@ pub struct Behavior {
     pub down: Rules,
 }
 
+impl Default for Behavior {
+    fn default() -> Self {
+        Self { up: Rules::default_up(), down: Rules::default_down() }
+    }
+}
+
 /// How far a ratio may be off before anything is done.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerances {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::PodCounts;
 use super::hpa::{self, Limits, Memory, Target, Tolerances};
-use super::manifest::{Annotations, Fallback, FallbackBehavior, Manifest, Modifiers, Trigger, TriggerKind};
-use super::promql::{Query, Value};
+use super::manifest::{Fallback, FallbackBehavior, Manifest, Modifiers, Trigger, TriggerKind};
+use super::promql::{Element, Query, Value};
 use super::samples::SampleStore;
 
 /// A Deployment is to have so many replicas.
@@ -165,12 +165,10 @@ impl Autoscaler {
     /// Whether any trigger is active, whether any fails, and what is to be said of it.
     fn activity(&self) -> (bool, bool, String) {
         let (is_active, is_error, reason) = self.activity_of_triggers();
-        match self.manifest.annotations {
-            Annotations { forces_activation: true, .. } if !is_active => {
-                (true, is_error, "activation is forced by an annotation".to_owned())
-            }
-            _ => (is_active, is_error, reason),
+        if self.manifest.annotations.forces_activation && !is_active {
+            return (true, is_error, "activation is forced by an annotation".to_owned());
         }
+        (is_active, is_error, reason)
     }
 
     fn activity_of_triggers(&self) -> (bool, bool, String) {
@@ -356,8 +354,7 @@ fn read(trigger: &Trigger, now: Duration, samples: &SampleStore) -> Option<Readi
 fn pod_values(query: &Query, now: Duration, samples: &SampleStore) -> Result<BTreeMap<String, f64>, String> {
     match query.at(now, samples).map_err(|error| error.to_string())? {
         Value::Vector(vector) if !vector.is_empty() => {
-            let of =
-                |mut element: super::promql::Element| Some((element.labels.remove("pod")?, element.value));
+            let of = |mut element: Element| Some((element.labels.remove("pod")?, element.value));
             Ok(vector.into_iter().filter_map(of).collect())
         }
         _ => Err("no pod has the metric".to_owned()),

@@ -495,8 +495,7 @@ fn with_paused(behavior: Option<Behavior>, annotations: Annotations) -> Option<B
     if !pauses_scale_in && !pauses_scale_out {
         return behavior;
     }
-    let mut behavior =
-        behavior.unwrap_or_else(|| Behavior { up: Rules::default_up(), down: Rules::default_down() });
+    let mut behavior = behavior.unwrap_or_default();
     if pauses_scale_in {
         behavior.down.select = Select::Disabled;
     }
@@ -619,14 +618,12 @@ fn modifiers(typed: &TypedModifiers, triggers: &[Trigger]) -> Result<Modifiers, 
 }
 
 fn behavior(typed: TypedBehavior) -> Behavior {
-    let or_default = |typed: Option<TypedRules>, default: Rules| match typed {
+    let of = |typed: Option<TypedRules>, default: Rules| match typed {
         Some(typed) => rules(typed, default),
         None => default,
     };
-    Behavior {
-        up: or_default(typed.scale_up, Rules::default_up()),
-        down: or_default(typed.scale_down, Rules::default_down()),
-    }
+    let Behavior { up, down } = Behavior::default();
+    Behavior { up: of(typed.scale_up, up), down: of(typed.scale_down, down) }
 }
 
 fn rules(typed: TypedRules, default: Rules) -> Rules {

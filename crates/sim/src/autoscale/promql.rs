@@ -1,9 +1,9 @@
 //! The part of PromQL that scalers use, over scraped samples.
 //!
 //! Selectors with matchers, `sum avg max min count [by|without]`, `rate increase *_over_time histogram_quantile vector
-//! scalar clamp* abs ceil floor round`, arithmetic, comparisons as filters, `and or unless`, `on` and `ignoring`. Everything else
-//! is refused by name. The parser is ours: the one that there is for Rust (promql-parser) brings a parser generator and some
-//! sixty crates that are built before it.
+//! scalar clamp* abs ceil floor round`, arithmetic, comparisons as filters, `and or unless`, `on` and `ignoring`.
+//! Everything else is refused by name. The parser is ours: the one that there is for Rust (promql-parser) brings a
+//! parser generator and some sixty crates that are built before it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
