@@ -100,9 +100,13 @@ router-overhead *flags:
 front-end *flags:
     {{ python }} benches/front_end/ceiling.py "$@"
 
-# How far the simulated fleet is off a real one on this machine; eight minutes.
+# How far the simulated fleet is off a real one on this machine; twenty minutes.
 fidelity *flags:
     {{ python }} benches/fidelity/compare.py "$@"
+
+# How many requests a minute of a fleet are simulated; two minutes.
+fleet-pace *flags:
+    {{ python }} benches/fleet/pace.py "$@"
 
 # Random fleets with random faults in virtual time, 200 seeds or the one given: nothing is lost, leaks or hangs.
 sim seed="":

@@ -8,14 +8,16 @@ a router before them. A round measures, one after the other:
 
 1. both replicas at once, since they share the machine's memory, at 1, 2, 4, 8, 16 and 32 clients each, and at 3, 6, 12 and
    24
-2. `servelab bench` through `servelab route` to both of them, at each of the rates
+2. `servelab bench` through `servelab route` to both of them, by one client that pauses between requests, and at each of the
+   rates
 
 Then `servelab sim calibrate` fits one profile to the first levels of all rounds and predicts the second ones, which it has
-not seen, and `servelab sim` runs the requests of 2 over two simulated replicas of that profile. Rounds that are short and
+not seen. What the one client waits longer than that profile says is the network's time: the router, and threads that
+sleep before a request comes. With both `servelab sim` runs the requests of each rate over two simulated replicas. Rounds that are short and
 many, since a machine that others use as well changes its pace between one minute and the next: calibration and what it is
 held against are to meet the same of it. A figure that was measured is the median over the rounds.
 
-OUT_FOLDER (default benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about fifteen minutes by
+OUT_FOLDER (default benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about twenty-five minutes by
 default.
 """
 
@@ -34,6 +36,8 @@ LEVELS, CHECKS = "1,2,4,8,16,32", "3,6,12,24"
 INPUT, OUTPUT = "32:96", "16:48"
 # As servelab serve has them by default on a CPU, said so that server and simulation have the same.
 LIMITS = ["--max-running", "64", "--max-batched-tokens", "512"]
+# Of the client that is alone.
+PAUSES = ["--think-time", "50ms"]
 FIGURES = {"ttft_ms": "TTFT p50, ms", "tpot_ms": "TPOT p50, ms", "tokens_per_second": "output tokens/s"}
 
 
@@ -83,8 +87,8 @@ def calibrate(options, fitted, checked, profile):
     return json.loads(ended(spawn(command)))
 
 
-def really(options, url, rate):
-    metrics = bench_metrics(bench(options, url, "--rate", rate, "--duration", f"{3 * options.seconds:g}s", "--json"))
+def really(options, url, *load):
+    metrics = bench_metrics(bench(options, url, *load, "--duration", f"{3 * options.seconds:g}s", "--json"))
     if metrics["failed"]:
         sys.exit(f"{metrics['failed']} requests failed")
     return {
@@ -94,11 +98,10 @@ def really(options, url, rate):
     }
 
 
-def simulated(options, profile, model, rate):
+def simulated(options, profile, model, *load):
     # The same requests as the real ones.
     command = [options.servelab, "sim", "--model", model, "--hardware", profile, "--replicas", 2, "--tp", 1, *LIMITS,
-               "--input-tokens", INPUT, "--output-tokens", OUTPUT, "--rate", rate, "--duration", f"{3 * options.seconds:g}s",
-               "--json"]
+               "--input-tokens", INPUT, "--output-tokens", OUTPUT, *load, "--duration", f"{3 * options.seconds:g}s", "--json"]
     found = json.loads(ended(spawn(command)))[0]
     return {
         "ttft_ms": 1e3 * found["ttft_seconds"]["p50"],
@@ -109,7 +112,7 @@ def simulated(options, profile, model, rate):
 
 
 def measure(options, model, rates, scratch):
-    running, replicas, fitted, checked, rounds = [], [], [], [], []
+    running, replicas, fitted, checked, alone, rounds = [], [], [], [], [], []
     which = [] if model == "demo" else ["--model", model, "--load-format", "dummy"]
     try:
         for _ in range(2):
@@ -124,14 +127,19 @@ def measure(options, model, rates, scratch):
         for number in range(options.rounds):
             fitted += levels(options, replicas, LEVELS, scratch / f"{model}-{number}-levels")
             checked += levels(options, replicas, CHECKS, scratch / f"{model}-{number}-checks")
-            rounds.append({rate: really(options, url, rate) for rate in rates})
+            alone.append(really(options, url, "--concurrency", 1, *PAUSES))
+            rounds.append({rate: really(options, url, "--rate", rate) for rate in rates})
             print(model, number + 1, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     finally:
         for process in reversed(running):
             process.stop()
     profile = scratch / f"{model}.toml"
     fit = calibrate(options, fitted, checked, profile)
-    return {"fit": fit, "real": rounds, "simulated": {rate: simulated(options, profile, model, rate) for rate in rates}}
+    expected = simulated(options, profile, model, "--users", 1, *PAUSES)["ttft_ms"]
+    network_ms = max(0, statistics.median(figures["ttft_ms"] for figures in alone) - expected)
+    network = ["--network-time", f"{network_ms:.3f}ms"]
+    return {"fit": fit, "alone": alone, "network_ms": network_ms, "real": rounds,
+            "simulated": {rate: simulated(options, profile, model, "--rate", rate, *network) for rate in rates}}
 
 
 def cells(found, rate):
@@ -159,6 +167,8 @@ def render(result):
                 cell = row[key]
                 real = f"{cell['real']:.1f} ({cell['least']:.1f} to {cell['most']:.1f})"
                 lines.append(f"| {model} | {rate} | {name} | {real} | {cell['simulated']:.1f} | {percent(cell['error'])} |")
+    waits = ", ".join(f"{found['network_ms']:.1f} ms ({model})" for model, found in result["models"].items())
+    lines += ["", f"The network's time, by which a client alone waits longer: {waits}."]
     lines += ["", "The means of levels of load that the calibration has not seen:", "",
               "| model | clients | TTFT | TPOT | requests/s |", "| --- | --- | --- | --- | --- |"]
     for model, found in result["models"].items():

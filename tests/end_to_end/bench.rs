@@ -228,6 +228,39 @@ async fn an_interrupt_ends_the_run_with_what_was_measured() {
     assert!(folder.path().join("report.md").exists() && folder.path().join("requests.jsonl").exists());
 }
 
+/// Both are started at once, as in a script.
+#[tokio::test]
+async fn a_server_that_still_starts_is_waited_for() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let url = format!("http://{address}");
+    let flags = [
+        "--url",
+        &url,
+        "--concurrency",
+        "1",
+        "--requests",
+        "3",
+        "--output-tokens",
+        "4",
+        "--repeats",
+        "1",
+        "--json",
+    ];
+    let too_early = bench(&[&flags[..], &["--wait-ready", "300ms"]].concat());
+    let errors = text(&too_early.stderr);
+    assert!(too_early.status.code() == Some(1) && errors.contains("was not ready within 0.3 s"), "{errors}");
+
+    let mut waiting = servelab(&["bench"]);
+    waiting.args(flags).args(["--wait-ready", "60s"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let waiting = waiting.spawn().unwrap();
+    let port = address.port().to_string();
+    let _server = Server::spawn(servelab(&["serve", "--port", &port]));
+    let printed = result(&waiting.wait_with_output().unwrap());
+    assert_eq!(printed["points"][0]["metrics"]["completed"], 3, "{printed}");
+}
+
 #[test]
 fn what_cannot_be_measured_says_why() {
     for (flags, code, part) in [

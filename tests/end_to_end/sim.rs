@@ -240,4 +240,16 @@ fn a_fleet_is_scaled_by_a_metric_of_its_pods() {
     assert!(code == 2 && error.contains("--prometheus-adapter: cannot read no/such/file"), "{code} {error}");
     let (code, _, error) = with(&hpa);
     assert!(code == 2 && error.contains("rules"), "{code} {error}");
+    let (code, _, error) = run(servelab(&[
+        "sim",
+        "--model",
+        "llama-3-8b",
+        "--scaler",
+        "queue",
+        "--rate",
+        "8",
+        "--prometheus-adapter",
+        &rules,
+    ]));
+    assert!(code == 2 && error.contains("no --scaler asks for a metric of pods"), "{code} {error}");
 }

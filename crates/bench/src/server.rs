@@ -1,6 +1,7 @@
 //! What the server tells about itself: its models, its version, the counters of its prefix cache.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
@@ -14,6 +15,9 @@ use crate::result::{ModelInfo, PrefixCacheDelta};
 const MAX_FACTS: usize = 24;
 const MAX_FACT_CHARS: usize = 120;
 
+/// Between two questions whether the server is ready.
+const READY_EVERY: Duration = Duration::from_millis(200);
+
 /// Why a run cannot begin.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServerError {
@@ -21,6 +25,8 @@ pub enum ServerError {
     NoAnswer { url: String, failure: Failure },
     #[error("{url} answers {path} with {status}: {message}")]
     Refused { url: String, path: String, status: u16, message: String },
+    #[error("{url} was not ready within {} s: {why}", limit.as_secs_f64())]
+    NotReady { url: String, limit: Duration, why: String },
     #[error("{url} answers {path} with something that is no {expected}")]
     NotUnderstood { url: String, path: String, expected: &'static str },
     #[error("{url} serves {served}, and not --model {asked}; name one of them, or none to take the first")]
@@ -72,6 +78,39 @@ pub(crate) fn refusal(client: &Client, path: &str, reply: &Reply) -> ServerError
         status: reply.status.as_u16(),
         message: reply.message(),
     }
+}
+
+/// Waits until the server takes requests.
+///
+/// # Errors
+/// If it does not within `limit`: what it said last.
+pub async fn wait_until_ready(client: &Client, limit: Duration) -> Result<(), ServerError> {
+    let begin = Instant::now();
+    loop {
+        let Err(why) = ready(client).await else { return Ok(()) };
+        if begin.elapsed() + READY_EVERY > limit {
+            let url = client.target().to_string();
+            return Err(ServerError::NotReady { url, limit, why: why.to_string() });
+        }
+        tokio::time::sleep(READY_EVERY).await;
+    }
+}
+
+/// As `/ready` says; a server without it is ready when it lists its models.
+///
+/// # Errors
+/// Why it is not.
+pub(crate) async fn ready(client: &Client) -> Result<(), ServerError> {
+    for path in ["/ready", "/v1/models"] {
+        let reply = ask(client, Method::GET, path, None).await?;
+        if reply.status.is_success() {
+            return Ok(());
+        }
+        if reply.status != StatusCode::NOT_FOUND || path != "/ready" {
+            return Err(refusal(client, path, &reply));
+        }
+    }
+    Ok(())
 }
 
 #[derive(Deserialize)]

@@ -261,6 +261,7 @@ fn settings(
         workload: workload(plan)?,
         duration: Duration::from_secs_f64((REQUESTS / rate).clamp(LEAST_SECONDS, MOST_SECONDS)),
         router: RouterSettings::default(),
+        network_time: Duration::ZERO,
         pods: PodSettings {
             initial: replicas,
             stages: StartStages {

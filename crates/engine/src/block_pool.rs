@@ -242,6 +242,7 @@ impl BlockPool {
     /// Makes the content of a full, held block findable, and returns the identity of the prefix that
     /// ends with it. If the same prefix is published already, that other block stays the one to be
     /// found. A block of another prefix under the same hash gives way.
+    #[inline]
     pub fn publish(&mut self, block: BlockId, hash: BlockHash, parent: Link, tokens: &[TokenId]) -> Link {
         debug_assert!(self.block(block).references > 0 && tokens.len() == self.block_size);
         if let Some(content) = self.content(block) {

@@ -263,7 +263,7 @@ impl Run {
         self.gateway.cells[cell].in_flight -= 1;
         let first = first_token.unwrap_or(self.now);
         let gaps = ask.output_tokens.saturating_sub(1).max(1);
-        let outside = Duration::from_secs_f64(self.settings.kind.cost.request_seconds());
+        let outside = self.outside();
         let (ttft, tpot, e2e) =
             (first - arrived + outside, (self.now - first) / gaps, self.now - arrived + outside);
         self.tally.completed += 1;
@@ -287,7 +287,7 @@ impl Run {
             Some(think) => {
                 let answer = (0..ask.output_tokens).map(|at| answer_token(ask.answer_key, at));
                 conversation.history.extend(answer);
-                let at = self.now + think + self.user_thinks();
+                let at = self.now + outside + think + self.user_thinks();
                 if at < self.settings.duration {
                     self.pause(at, conversation);
                 }
@@ -295,6 +295,11 @@ impl Run {
             None => self.user_goes_on(),
         }
         self.let_in(cell);
+    }
+
+    /// What a client waits besides what happens in router and replica.
+    fn outside(&self) -> Duration {
+        Duration::from_secs_f64(self.settings.kind.cost.request_seconds()) + self.settings.network_time
     }
 
     pub(crate) fn fail(&mut self, number: u64, failure: Failure) {
@@ -317,7 +322,7 @@ impl Run {
     /// A user whose job is over begins the next one.
     fn user_goes_on(&mut self) {
         if matches!(self.settings.load, Load::Users { .. }) {
-            let at = self.now + self.user_thinks();
+            let at = self.now + self.outside() + self.user_thinks();
             self.next_job_at(at);
         }
     }

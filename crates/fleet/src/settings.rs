@@ -21,6 +21,9 @@ pub struct Settings {
     /// Requests are sent for so long; what has begun then ends as it would.
     pub duration: Duration,
     pub router: RouterSettings,
+    /// What a request waits besides what the replicas and their calibration know of: from the client through the router
+    /// and back.
+    pub network_time: Duration,
     pub pods: PodSettings,
     pub faults: FaultSettings,
     /// How often Prometheus reads the metrics of router and replicas.
@@ -134,6 +137,7 @@ pub enum SettingsError {
 /// Most pods of a fleet.
 pub const MAX_PODS: u32 = 10_000;
 const MAX_RETRIES: u32 = 100;
+const MAX_NETWORK_TIME: Duration = Duration::from_secs(60);
 /// A month.
 const MAX_DURATION: Duration = Duration::from_secs(31 * 86_400);
 
@@ -159,6 +163,9 @@ impl Settings {
         }
         if self.router.max_retries > MAX_RETRIES {
             return wrong("the number of retries", self.router.max_retries.to_string(), "at most 100");
+        }
+        if self.network_time > MAX_NETWORK_TIME {
+            return wrong("the network's time", seconds(self.network_time), "at most a minute");
         }
         for (name, value) in [
             ("the scrape interval", self.scrape_interval),

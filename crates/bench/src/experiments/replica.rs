@@ -145,8 +145,7 @@ fn last_line(said: &[u8]) -> String {
 
 impl Replica {
     async fn is_ready(&self) -> bool {
-        let reply = self.client.call(Method::GET, "/ready", bytes::Bytes::new()).await;
-        reply.is_ok_and(|reply| reply.status.is_success())
+        server::ready(&self.client).await.is_ok()
     }
 
     /// What it holds now.

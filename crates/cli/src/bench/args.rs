@@ -76,6 +76,9 @@ pub struct TargetArgs {
     /// JSON object whose fields are added to every request.
     #[arg(long, value_name = "JSON", help_heading = "Target")]
     pub extra_body: Option<String>,
+    /// How long to wait for a server that is not ready yet [default: not at all].
+    #[arg(long, value_name = "TIME", help_heading = "Target")]
+    pub wait_ready: Option<TimeSpan>,
     /// Longest time until a connection is made [default: 10s].
     #[arg(long, value_name = "TIME", help_heading = "Target")]
     pub connect_timeout: Option<TimeSpan>,

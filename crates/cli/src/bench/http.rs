@@ -25,12 +25,18 @@ const UNKNOWN_MODEL: &str = "unknown";
 /// a single request: how it fails is the result.
 ///
 /// # Errors
-/// If it does not serve the model, or has too short a context for the workload.
+/// If it is not ready in the time that it has for that, does not serve the model, or has too short a context for the workload.
 pub async fn prepare(
     settings: &BenchSettings,
     http: &HttpSettings,
     traces: &Traces,
 ) -> Result<Prepared<Http>, Error> {
+    if let Some(limit) = http.wait_ready {
+        let questions = http.timeouts.of_questions();
+        let timeouts = Timeouts { total: questions.total.min(limit), ..questions };
+        let client = Client::new(http.target.clone(), http.api_key.as_ref(), timeouts).await?;
+        server::wait_until_ready(&client, limit).await?;
+    }
     let client =
         Client::new(http.target.clone(), http.api_key.as_ref(), http.timeouts).await?.traced(traces.clone());
     match ask_model(&client, http.model.as_deref()).await {

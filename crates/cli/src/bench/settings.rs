@@ -73,6 +73,8 @@ pub struct HttpSettings {
     pub endpoint: Endpoint,
     pub form: FormChoice,
     pub api_key: Option<Secret>,
+    /// How long it may take until the server is ready; default: it is.
+    pub wait_ready: Option<Duration>,
     pub timeouts: Timeouts,
     /// Default: none, whatever the environment says: they are no part of what is measured.
     pub traces: Option<TraceOptions>,
@@ -204,6 +206,7 @@ fn target(
         endpoint,
         form,
         api_key: api_key(typed.api_key_file.as_deref(), environment)?,
+        wait_ready: typed.wait_ready.map(|time| time.0),
         timeouts: timeouts(typed)?,
         traces: traces(typed, environment)?,
     }))
@@ -232,6 +235,7 @@ fn offline(command: &BenchCommand, workload: &Workload) -> Result<TargetSettings
         ("api-key-file", typed.api_key_file.is_some()),
         ("ca-file", typed.ca_file.is_some()),
         ("extra-body", typed.extra_body.is_some()),
+        ("wait-ready", typed.wait_ready.is_some()),
         ("connect-timeout", typed.connect_timeout.is_some()),
         ("first-byte-timeout", typed.first_byte_timeout.is_some()),
         ("idle-timeout", typed.idle_timeout.is_some()),

@@ -179,6 +179,9 @@ pub struct RouterArgs {
     /// How long [default: 120s].
     #[arg(long, value_name = "TIME", help_heading = "Router")]
     pub hold_timeout: Option<TimeSpan>,
+    /// What each request waits besides: from the client through the router to a replica and back [default: 0].
+    #[arg(long, value_name = "TIME", help_heading = "Router")]
+    pub network_time: Option<TimeSpan>,
     /// Requests that each ready replica has at once; more wait in the router [default: 512].
     #[arg(long, value_name = "COUNT", help_heading = "Router")]
     pub max_in_flight_per_replica: Option<usize>,

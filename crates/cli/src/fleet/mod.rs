@@ -32,6 +32,11 @@ pub enum Error {
     ReadFile { flag: &'static str, path: PathBuf, source: std::io::Error },
     #[error("--prometheus-adapter {}: {source}", path.display())]
     Adapter { path: PathBuf, source: Box<ManifestError> },
+    #[error(
+        "--prometheus-adapter {}: no --scaler asks for a metric of pods; give one that does, or leave the rules out",
+        .0.display()
+    )]
+    UnusedAdapter(PathBuf),
     #[error("--scaler {name}: {source}")]
     Manifest { name: String, source: Box<ManifestError> },
     #[error(transparent)]
@@ -78,22 +83,33 @@ pub fn run(args: &FleetArgs, out: &mut impl Write) -> Result<(), Error> {
 
 /// What is simulated, one for each scaler, or one without.
 fn scaled(args: &FleetArgs) -> Result<Vec<(Prepared, Scaler)>, Error> {
-    let adapter = match &args.scaling.prometheus_adapter {
-        Some(path) => adapter(path)?,
-        None => Adapter::default(),
-    };
-    if args.scaling.scaler.is_empty() {
+    let manifests = manifests(&args.scaling)?;
+    if manifests.is_empty() {
         let prepared = args.prepare(bounds(args, None))?;
         let scaler = Scaler::fixed(prepared.settings.pods.initial);
         return Ok(vec![(prepared, scaler)]);
     }
-    let of = |name: &String| {
-        let (name, manifest) = manifest(name, &adapter)?;
+    let of = |(name, manifest): (String, Manifest)| {
         let bounds = bounds(args, Some(&manifest));
         let initial = bounds.initial;
         Ok((args.prepare(bounds)?, Scaler::manifest(name, manifest, initial)))
     };
-    args.scaling.scaler.iter().map(of).collect()
+    manifests.into_iter().map(of).collect()
+}
+
+/// Of every scaler, with the name that it is shown under.
+fn manifests(typed: &args::ScalingArgs) -> Result<Vec<(String, Manifest)>, Error> {
+    let adapter = match &typed.prometheus_adapter {
+        Some(path) => adapter(path)?,
+        None => Adapter::default(),
+    };
+    let read = typed.scaler.iter().map(|name| manifest(name, &adapter));
+    let manifests = read.collect::<Result<Vec<(String, Manifest)>, Error>>()?;
+    let is_used = manifests.iter().any(|(_, manifest)| manifest.has_pod_metrics());
+    match &typed.prometheus_adapter {
+        Some(path) if !is_used => Err(Error::UnusedAdapter(path.clone())),
+        _ => Ok(manifests),
+    }
 }
 
 /// As many as were typed, else as few as the scaler may have; 1 without one.

@@ -89,6 +89,7 @@ impl FleetArgs {
             workload,
             duration,
             router: self.router_settings()?,
+            network_time: time(self.router.network_time, 0.0),
             pods,
             faults: FaultSettings {
                 crashes_per_hour: self.faults.crashes_per_hour.unwrap_or(0.0),

@@ -17,7 +17,9 @@ use servelab_sim::{CostModel, SequenceWork};
 use super::{Ask, Gauges, Happened, Note, ReplicaKind};
 use crate::counters::{Counters, Times, nanos};
 
-/// Steps that are foreseen at once. More would be thrown away by the next request.
+/// Steps that are foreseen at once: few behind a request that came and made the others worthless, and twice as many each
+/// time that nobody did.
+const FEWEST_STEPS: usize = 16;
 const MOST_STEPS: usize = 128;
 const ROOT: Link = Link::Root { salt: 0 };
 
@@ -81,11 +83,15 @@ impl Sequence {
             return;
         }
         let full = (self.computed / config.block_size as usize).min(most);
+        // Apart from `self`, so that it stays in registers: from memory it would come only once all that was written
+        // before is there.
+        let mut link = self.link;
         while self.published < full {
             let hash = self.chain[self.published];
-            self.link = pool.publish(self.blocks[self.published], hash, self.link, &word(hash));
+            link = pool.publish(self.blocks[self.published], hash, link, &word(hash));
             self.published += 1;
         }
+        self.link = link;
     }
 
     fn release(&mut self, pool: &mut BlockPool, config: &EngineConfig) {
@@ -140,6 +146,8 @@ pub struct Fast {
     /// As the scheduler's: who did not fit when the pool had given back so many blocks.
     blocked: Option<(Precedence, u64)>,
     preemptions: u64,
+    /// Steps that are foreseen next time.
+    foresight: usize,
     counters: Counters,
     run: Option<Run>,
 }
@@ -155,6 +163,7 @@ impl Fast {
             next_ordinal: 0,
             blocked: None,
             preemptions: 0,
+            foresight: FEWEST_STEPS,
             counters: Counters::default(),
             run: None,
         }
@@ -210,6 +219,7 @@ impl Fast {
             self.sync(end);
             let Some(mut run) = self.run.take() else { return };
             notes.append(&mut run.notes);
+            self.foresight = (2 * self.foresight).min(MOST_STEPS);
             self.begin(end);
         }
     }
@@ -231,6 +241,7 @@ impl Fast {
         if let Some(run) = &mut self.run {
             run.ends.truncate(run.begun);
         }
+        self.foresight = FEWEST_STEPS;
     }
 
     pub fn gauges(&self) -> Gauges {
@@ -450,7 +461,8 @@ impl Fast {
     fn foresee(&self, run: &mut Run) {
         let block_size = self.block_size();
         let left = self.running.iter().map(|sequence| sequence.most - sequence.tokens).min().unwrap_or(1);
-        let most = left.clamp(1, MOST_STEPS);
+        let most = left.clamp(1, self.foresight);
+        run.ends.reserve_exact(most);
         // Sequences that need a block in the step after so many.
         let mut needs = vec![0; block_size];
         for sequence in &self.running {

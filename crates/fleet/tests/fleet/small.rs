@@ -83,6 +83,7 @@ pub fn settings(replicas: u32, rate: f64, seconds: u64, seed: u64) -> Settings {
         workload: workload(),
         duration: Duration::from_secs(seconds),
         router: RouterSettings { index_bytes: 4 << 20, ..RouterSettings::default() },
+        network_time: Duration::ZERO,
         pods: PodSettings {
             initial: replicas,
             stages: StartStages {

@@ -24,6 +24,8 @@ use micro::Block;
 
 /// Outputs of a panel.
 const PANEL: usize = 32;
+/// Rows of the highest register tile.
+const MOST_TILE_ROWS: usize = 32;
 /// Inputs that a tile passes over at a time; larger products keep their sums in `out` between blocks.
 const BLOCK_INPUTS: usize = 2048;
 /// Weights that stay in L2 while all rows of a batch pass over them.
@@ -194,7 +196,7 @@ enum Path {
     Widen,
     /// `vdpbf16ps`; activations bf16 pairs, `[in / 2][rows of the tile][2]`.
     Dot,
-    /// AMX; activations bf16, `[rows of the tile][in]`.
+    /// AMX; activations bf16, `[in / 32][rows of the tile][32]`.
     Amx,
 }
 
@@ -208,7 +210,7 @@ impl Path {
     }
 
     fn tile_rows(self, level: Level) -> usize {
-        if self == Self::Amx { 16 } else { level.tile_rows() }
+        if self == Self::Amx { MOST_TILE_ROWS } else { level.tile_rows() }
     }
 
     fn packed_bytes(self, tiles: Tiles, depth: usize) -> usize {
@@ -304,7 +306,7 @@ impl Product<'_> {
         if let Some(bias) = self.bias {
             full_bias[..columns].copy_from_slice(&bias[panel * PANEL..]);
         }
-        let mut full = [0.0f32; 16 * PANEL];
+        let mut full = [0.0f32; MOST_TILE_ROWS * PANEL];
         // SAFETY: row and column are within `out`; this task alone touches this panel's columns.
         let row_of = |row: usize| unsafe {
             std::slice::from_raw_parts_mut(
@@ -336,8 +338,6 @@ impl Product<'_> {
         let matrix = self.matrix;
         let rows = self.tiles.range(tile);
         let element = if self.path == Path::Widen { 4 } else { 2 };
-        // AMX takes whole rows, the others one input of all rows after the other.
-        let first_input = inputs.start * if self.path == Path::Amx { 1 } else { rows.len() };
         let panel_bytes = matrix.panel_bytes();
         let block_bytes = PANEL * inputs.len() * matrix.format.bytes();
         let block = Block {
@@ -351,8 +351,7 @@ impl Product<'_> {
             panel_bytes,
             panels: panels.len(),
             // SAFETY: as above.
-            x: unsafe { self.packed.add((rows.start * matrix.depth + first_input) * element) },
-            x_row_bytes: matrix.depth * element,
+            x: unsafe { self.packed.add((rows.start * matrix.depth + inputs.start * rows.len()) * element) },
             rows: rows.len(),
             inputs: inputs.len(),
             out,

@@ -18,6 +18,8 @@ use super::table::Table;
 
 const NONE: u32 = u32::MAX;
 const SET_WORDS: usize = MAX_REPLICAS / 64;
+/// Of a block: who holds it, and where the node of one of them is.
+const BLOCK_WORDS: usize = SET_WORDS + 1;
 
 /// One replica holds one block; a node of the replica's LRU list.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +29,28 @@ struct Held {
     /// In a free node, the next free one.
     newer: u32,
     replica: ReplicaId,
+}
+
+/// What is known of a block. Most blocks have a single holder, so the node of one of them is noted here, and
+/// [`PrefixIndex::places`] knows those of all others.
+#[derive(Clone, Copy, Debug)]
+struct Holders {
+    all: ReplicaSet,
+    first: ReplicaId,
+    node_of_first: u32,
+}
+
+impl Holders {
+    fn read(words: &[u64; BLOCK_WORDS]) -> Self {
+        let [all @ .., last] = *words;
+        Self { all: ReplicaSet(all), first: ReplicaId(last as u8), node_of_first: (last >> 8) as u32 }
+    }
+
+    fn write(self, words: &mut [u64; BLOCK_WORDS]) {
+        let [all @ .., last] = words;
+        *all = self.all.0;
+        *last = u64::from(self.node_of_first) << 8 | u64::from(self.first.0);
+    }
 }
 
 /// The list of one replica's blocks.
@@ -63,11 +87,13 @@ impl Matches {
 /// The prefixes of all replicas.
 #[derive(Debug)]
 pub struct PrefixIndex {
-    /// Who holds a block.
-    holders: Table<SET_WORDS>,
-    /// Where the node of a block and a replica is.
+    /// Of each block that anybody holds.
+    holders: Table<BLOCK_WORDS>,
+    /// Where the node of a block and a replica is, unless the block's entry says so.
     places: Table<1>,
     nodes: Vec<Held>,
+    /// Of them, those that are not free: pairs of a block and a replica.
+    len: usize,
     free: u32,
     replicas: Box<[Option<Blocks>; MAX_REPLICAS]>,
     present: ReplicaSet,
@@ -87,6 +113,7 @@ impl PrefixIndex {
             holders: Table::new(capacity),
             places: Table::new(capacity),
             nodes: Vec::with_capacity(capacity),
+            len: 0,
             free: NONE,
             replicas: Box::new([None; MAX_REPLICAS]),
             present: ReplicaSet::EMPTY,
@@ -105,7 +132,7 @@ impl PrefixIndex {
     }
 
     fn bytes_for(capacity: usize) -> usize {
-        Table::<SET_WORDS>::bytes(capacity)
+        Table::<BLOCK_WORDS>::bytes(capacity)
             + Table::<1>::bytes(capacity)
             + capacity * size_of::<Held>()
             + MAX_REPLICAS * size_of::<Option<Blocks>>()
@@ -123,7 +150,7 @@ impl PrefixIndex {
 
     /// Blocks that it holds, counted in the same way.
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
@@ -180,9 +207,7 @@ impl PrefixIndex {
         let node = |at: u32| (at != NONE).then(|| self.nodes[at as usize]);
         let oldest = std::iter::successors(node(list.oldest), |held| node(held.newer));
         let go = oldest.take(over.min(blocks.len())).map(|held| held.block);
-        let both = blocks.iter().map(|block| name(*block)).chain(go);
-        self.holders.bring_near(both.clone());
-        self.places.bring_near(both.map(|block| place(block, replica)));
+        self.holders.bring_near(blocks.iter().map(|block| name(*block)).chain(go));
     }
 
     /// The replica holds this block now, as its newest.
@@ -196,7 +221,7 @@ impl PrefixIndex {
             self.link_as_newest(node);
             return;
         }
-        if self.places.is_full() {
+        if self.len == self.capacity {
             let largest = self.present.iter().max_by_key(|replica| self.blocks(*replica));
             if !largest.is_some_and(|largest| self.drop_oldest(largest)) {
                 return;
@@ -219,7 +244,7 @@ impl PrefixIndex {
         let mut following = self.present;
         for (depth, block) in chain.iter().enumerate() {
             let holders =
-                self.holders.get(name(*block)).map_or(ReplicaSet::EMPTY, |words| ReplicaSet(*words));
+                self.holders.get(name(*block)).map_or(ReplicaSet::EMPTY, |words| Holders::read(words).all);
             let still = following.and(&holders);
             if still != following {
                 for dropped in following.without(&still).iter() {
@@ -237,6 +262,13 @@ impl PrefixIndex {
     }
 
     fn node(&self, block: u64, replica: ReplicaId) -> Option<u32> {
+        let holders = self.holders.get(block).map(Holders::read)?;
+        if !holders.all.contains(replica) {
+            return None;
+        }
+        if holders.first == replica {
+            return Some(holders.node_of_first);
+        }
         self.places.get(place(block, replica)).map(|[node]| *node as u32)
     }
 
@@ -279,30 +311,54 @@ impl PrefixIndex {
                 free
             }
         };
-        // There are no more blocks than pairs of a block and a replica, and room for one of these.
-        let entries = (self.holders.entry(block), self.places.entry(place(block, replica)));
-        debug_assert!(matches!(entries, (Some(_), Some(_))), "the tables are as large as the list of nodes");
-        if let (Some(words), Some(at)) = entries {
-            let mut holders = ReplicaSet(*words);
-            holders.insert(replica);
-            *words = holders.0;
+        self.len += 1;
+        self.note_holder(block, replica, node);
+        self.link_as_newest(node);
+    }
+
+    fn note_holder(&mut self, block: u64, replica: ReplicaId, node: u32) {
+        let entry = self.holders.entry(block);
+        debug_assert!(entry.is_some(), "there are no more blocks than nodes, and room for as many");
+        let Some(words) = entry else { return };
+        let mut holders = Holders::read(words);
+        if holders.all.is_empty() {
+            (holders.first, holders.node_of_first) = (replica, node);
+        } else if let Some(at) = self.places.entry(place(block, replica)) {
             *at = [node.into()];
         }
-        self.link_as_newest(node);
+        holders.all.insert(replica);
+        holders.write(words);
     }
 
     fn drop_node(&mut self, node: u32) {
         self.unlink(node);
         let Held { block, replica, .. } = self.nodes[node as usize];
-        self.places.remove_if(place(block, replica), |_| true);
-        self.holders.remove_if(block, |words| {
-            let mut holders = ReplicaSet(*words);
-            holders.remove(replica);
-            *words = holders.0;
-            holders.is_empty()
-        });
+        self.drop_holder(block, replica);
         self.nodes[node as usize].newer = self.free;
         self.free = node;
+        self.len -= 1;
+    }
+
+    fn drop_holder(&mut self, block: u64, replica: ReplicaId) {
+        let mut take = |replica: ReplicaId| {
+            let mut node = NONE;
+            self.places.remove_if(place(block, replica), |[at]| {
+                node = *at as u32;
+                true
+            });
+            node
+        };
+        self.holders.remove_if(block, |words| {
+            let mut holders = Holders::read(words);
+            holders.all.remove(replica);
+            if holders.first != replica {
+                take(replica);
+            } else if let Some(other) = holders.all.iter().next() {
+                (holders.first, holders.node_of_first) = (other, take(other));
+            }
+            holders.write(words);
+            holders.all.is_empty()
+        });
     }
 
     fn link_as_newest(&mut self, node: u32) {
@@ -350,7 +406,10 @@ impl PrefixIndex {
             while at != NONE {
                 let held = self.nodes[at as usize];
                 let known = self.node(held.block, replica) == Some(at)
-                    && self.holders.get(held.block).is_some_and(|words| ReplicaSet(*words).contains(replica));
+                    && self
+                        .holders
+                        .get(held.block)
+                        .is_some_and(|words| Holders::read(words).all.contains(replica));
                 if held.replica != replica || held.older != before || !known {
                     return Err(format!("node {at} of {replica:?} is badly linked or cannot be found"));
                 }
@@ -361,9 +420,12 @@ impl PrefixIndex {
             }
             pairs += len as usize;
         }
-        if pairs != self.places.len() || self.holders.len() > pairs || self.nodes.capacity() > self.capacity {
-            let (places, holders) = (self.places.len(), self.holders.len());
-            return Err(format!("{pairs} pairs in the lists, {places} in the table, {holders} blocks"));
+        let (places, blocks) = (self.places.len(), self.holders.len());
+        if pairs != self.len || pairs != places + blocks || self.nodes.capacity() > self.capacity {
+            let counted = self.len;
+            return Err(format!(
+                "{pairs} pairs in the lists, {counted} counted, {blocks} blocks and {places} places"
+            ));
         }
         Ok(())
     }

@@ -56,7 +56,7 @@ impl<const N: usize> Table<N> {
         self.len
     }
 
-    pub fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.len == self.capacity
     }
 

@@ -155,6 +155,10 @@ impl Manifest {
             TriggerKind::Cpu { .. } => None,
         })
     }
+
+    pub fn has_pod_metrics(&self) -> bool {
+        self.triggers.iter().any(|trigger| matches!(trigger.kind, TriggerKind::Pods { .. }))
+    }
 }
 
 fn yaml<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ManifestError> {

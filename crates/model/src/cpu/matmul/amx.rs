@@ -1,8 +1,9 @@
-//! The register tile in AMX: 16 rows by 32 outputs, 32 inputs per instruction, activations in bf16.
+//! The register tile in AMX: up to 32 rows by 32 outputs, 32 inputs per instruction, activations in bf16.
 //!
-//! Rust has no stable intrinsics for AMX, so the tile instructions stand in inline assembly. Tiles 0 and
-//! 1 hold the sums of 16 outputs each, 2 the activations, 3 and 4 the weights. Linux hands the tile
-//! state to a process on request only (Linux, Documentation/arch/x86/xstate.rst).
+//! Rust has no stable intrinsics for AMX, so the tile instructions stand in inline assembly. Tiles 0 to 3 hold
+//! the sums, of 16 rows and 16 outputs each, 4 and 5 the activations, 6 and 7 the weights: four loads for four
+//! products. Up to 16 rows make do with half of the sums. Linux hands the tile state to a process on request
+//! only (Linux, Documentation/arch/x86/xstate.rst).
 
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -12,6 +13,8 @@ use super::micro::Block;
 
 /// Inputs of one instruction.
 const INPUTS: usize = 32;
+/// Most rows of a block: two tiles of 16.
+const ROWS: usize = 32;
 
 /// Whether the CPU has AMX with bf16 and the system lets this process use it.
 pub fn is_available() -> bool {
@@ -61,26 +64,37 @@ struct Config {
 }
 
 impl Config {
-    fn new(rows: u8) -> Self {
+    /// Two tiles of activations with so many rows, their sums, and the weights.
+    fn new(upper: u8, lower: u8) -> Self {
         let mut config =
             Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..5].fill(64);
-        config.rows[..5].copy_from_slice(&[rows, rows, rows, 16, 16]);
+        config.rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, 16, 16]);
+        // A tile without rows has to be without columns.
+        for (bytes, rows) in config.row_bytes.iter_mut().zip(config.rows) {
+            *bytes = if rows > 0 { 64 } else { 0 };
+        }
         config
     }
 }
 
 /// # Safety
-/// [`is_available`] said yes; the block's addresses are valid for its shapes; at most 16 rows; inputs in
-/// whole multiples of 32.
+/// [`is_available`] said yes; the block's addresses are valid for its shapes; at most [`ROWS`] rows; inputs in
+/// whole multiples of [`INPUTS`].
 pub(super) unsafe fn tile(block: &Block) {
-    debug_assert!(block.rows <= 16 && block.inputs.is_multiple_of(INPUTS));
-    let config = Config::new(block.rows as u8);
+    debug_assert!(block.rows <= ROWS && block.inputs.is_multiple_of(INPUTS));
+    let upper = if block.rows <= ROWS / 2 { block.rows } else { block.rows.div_ceil(2) };
+    let lower = block.rows - upper;
+    let config = Config::new(upper as u8, lower as u8);
     // SAFETY: the configuration is valid for palette 1: at most 16 rows of 64 bytes.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack)) };
     for panel in 0..block.panels {
-        // SAFETY: the caller's.
-        unsafe { one_panel(block, panel) };
+        // SAFETY: the caller's, and the configuration is the one for these rows.
+        unsafe {
+            match lower {
+                0 => up_to_16_rows(block, panel),
+                _ => up_to_32_rows(block, panel, upper),
+            }
+        }
     }
     // SAFETY: gives the tile state back, so that no context switch has to save it.
     unsafe { asm!("tilerelease", options(nomem, nostack)) };
@@ -94,9 +108,7 @@ pub(in crate::cpu) const ROUND_FLOPS: usize = 4 * 16 * 16 * INPUTS * 2;
 /// # Safety
 /// [`is_available`] said yes.
 pub(in crate::cpu) unsafe fn rate(rounds: usize) -> f32 {
-    let mut config = Config::new(16);
-    config.row_bytes[..8].fill(64);
-    config.rows[..8].fill(16);
+    let config = Config::new(16, 16);
     // SAFETY: the configuration is valid for palette 1: at most 16 rows of 64 bytes; it zeroes the tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack)) };
     for _ in 0..rounds {
@@ -116,37 +128,59 @@ pub(in crate::cpu) unsafe fn rate(rounds: usize) -> f32 {
     0.0
 }
 
-unsafe fn one_panel(block: &Block, panel: usize) {
+/// Where the sums of a panel start from: the bias, the same for all rows, or what is there already.
+#[derive(Clone, Copy)]
+struct Start {
+    at: *const f32,
+    /// Bytes from one row to the next: none where all start from the same.
+    stride: usize,
+}
+
+impl Start {
+    /// # Safety
+    /// As [`tile`]; `out` is where the panel's sums of the first row go.
+    unsafe fn of(block: &Block, panel: usize, out: *const f32) -> Self {
+        static ZEROS: [f32; PANEL] = [0.0; PANEL];
+        match (block.first, block.bias.is_null()) {
+            (true, true) => Self { at: ZEROS.as_ptr(), stride: 0 },
+            // SAFETY: the caller's: there is a bias for each output.
+            (true, false) => Self { at: unsafe { block.bias.add(panel * PANEL) }, stride: 0 },
+            (false, _) => Self { at: out, stride: block.out_stride * 4 },
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile`], with the tiles configured for the block's rows.
+unsafe fn up_to_16_rows(block: &Block, panel: usize) {
     // SAFETY: the caller's: the block's addresses are valid for its shapes.
     unsafe {
         let mut weights = block.weights.add(panel * block.panel_bytes);
         let mut x = block.x;
         let out = block.out.add(panel * PANEL);
-        if block.first {
-            start_rows(block, panel, out);
-        }
+        let start = Start::of(block, panel, out);
         asm!(
-            "tileloadd tmm0, [{out} + {stride}]",
-            "tileloadd tmm1, [{out} + {stride} + 64]",
-            out = in(reg) out,
-            stride = in(reg) block.out_stride * 4,
-            options(nostack),
+            "tileloadd tmm0, [{start} + {stride}]",
+            "tileloadd tmm1, [{start} + {stride} + 64]",
+            start = in(reg) start.at,
+            stride = in(reg) start.stride,
+            options(nostack, readonly),
         );
         for _ in 0..block.inputs / INPUTS {
             prefetch(weights, block);
             asm!(
-                "tileloadd tmm2, [{x} + {x_stride}]",
-                "tileloadd tmm3, [{w} + {w_stride}]",
-                "tileloadd tmm4, [{w} + {w_stride} + 64]",
-                "tdpbf16ps tmm0, tmm2, tmm3",
-                "tdpbf16ps tmm1, tmm2, tmm4",
+                "tileloadd tmm4, [{x} + {x_stride}]",
+                "tileloadd tmm6, [{w} + {w_stride}]",
+                "tileloadd tmm7, [{w} + {w_stride} + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
                 x = in(reg) x,
-                x_stride = in(reg) block.x_row_bytes,
+                x_stride = in(reg) INPUTS * 2,
                 w = in(reg) weights,
                 w_stride = in(reg) PANEL * 4,
                 options(nostack, readonly),
             );
-            x = x.add(INPUTS * 2);
+            x = x.add(block.rows * INPUTS * 2);
             weights = weights.add(INPUTS * PANEL * 2);
         }
         asm!(
@@ -159,18 +193,56 @@ unsafe fn one_panel(block: &Block, panel: usize) {
     }
 }
 
-/// Sums start from the bias or zero: written to `out`, whence the tiles are loaded.
-unsafe fn start_rows(block: &Block, panel: usize, out: *mut f32) {
-    for row in 0..block.rows {
-        // SAFETY: the caller's.
-        unsafe {
-            let target = out.add(row * block.out_stride);
-            if block.bias.is_null() {
-                target.write_bytes(0, PANEL);
-            } else {
-                target.copy_from_nonoverlapping(block.bias.add(panel * PANEL), PANEL);
-            }
+/// # Safety
+/// As [`tile`], with the tiles configured for `upper` rows and the rest of the block's.
+unsafe fn up_to_32_rows(block: &Block, panel: usize, upper: usize) {
+    // SAFETY: the caller's: the block's addresses are valid for its shapes.
+    unsafe {
+        let mut weights = block.weights.add(panel * block.panel_bytes);
+        let mut x = block.x;
+        let out = block.out.add(panel * PANEL);
+        let start = Start::of(block, panel, out);
+        asm!(
+            "tileloadd tmm0, [{start} + {stride}]",
+            "tileloadd tmm1, [{start} + {stride} + 64]",
+            "tileloadd tmm2, [{lower} + {stride}]",
+            "tileloadd tmm3, [{lower} + {stride} + 64]",
+            start = in(reg) start.at,
+            lower = in(reg) start.at.byte_add(upper * start.stride),
+            stride = in(reg) start.stride,
+            options(nostack, readonly),
+        );
+        for _ in 0..block.inputs / INPUTS {
+            prefetch(weights, block);
+            asm!(
+                "tileloadd tmm6, [{w} + {w_stride}]",
+                "tileloadd tmm4, [{x} + {x_stride}]",
+                "tileloadd tmm7, [{w} + {w_stride} + 64]",
+                "tileloadd tmm5, [{lower} + {x_stride}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                x = in(reg) x,
+                lower = in(reg) x.add(upper * INPUTS * 2),
+                x_stride = in(reg) INPUTS * 2,
+                w = in(reg) weights,
+                w_stride = in(reg) PANEL * 4,
+                options(nostack, readonly),
+            );
+            x = x.add(block.rows * INPUTS * 2);
+            weights = weights.add(INPUTS * PANEL * 2);
         }
+        asm!(
+            "tilestored [{out} + {stride}], tmm0",
+            "tilestored [{out} + {stride} + 64], tmm1",
+            "tilestored [{lower} + {stride}], tmm2",
+            "tilestored [{lower} + {stride} + 64], tmm3",
+            out = in(reg) out,
+            lower = in(reg) out.add(upper * block.out_stride),
+            stride = in(reg) block.out_stride * 4,
+            options(nostack),
+        );
     }
 }
 

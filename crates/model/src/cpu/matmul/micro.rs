@@ -16,8 +16,6 @@ pub(super) struct Block {
     pub panels: usize,
     /// Packed activations of the tile, at the first input of the block.
     pub x: *const u8,
-    /// Distance of two rows where activations are packed by row (AMX).
-    pub x_row_bytes: usize,
     pub rows: usize,
     /// Even.
     pub inputs: usize,

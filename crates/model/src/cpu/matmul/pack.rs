@@ -126,7 +126,7 @@ pub(super) fn activations(
                 Path::Dot => bf16_pairs(level, source, inputs, depth, count, target),
                 Path::Amx => {
                     let out = std::slice::from_raw_parts_mut(target.cast::<u16>(), count * depth);
-                    level.run(Rounded { x: source, inputs, depth, out });
+                    level.run(RoundedTiles { x: source, inputs, rows: count, out });
                 }
             }
         }
@@ -187,6 +187,34 @@ impl Operation for Rounded<'_> {
                 *target = round_to_bf16(*value);
             }
             padding.fill(0);
+        }
+    }
+}
+
+/// `[rows, inputs]` to `[inputs / 32][rows][32]` in bf16, zeros after the last input: what an AMX instruction takes
+/// lies together, whatever the number of inputs.
+struct RoundedTiles<'a> {
+    x: &'a [f32],
+    inputs: usize,
+    rows: usize,
+    out: &'a mut [u16],
+}
+
+impl Operation for RoundedTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        const WIDTH: usize = 32;
+        let Self { x, inputs, rows, out } = self;
+        for (row, source) in x.chunks_exact(inputs).enumerate() {
+            for (block, values) in source.chunks(WIDTH).enumerate() {
+                let target = &mut out[(block * rows + row) * WIDTH..][..WIDTH];
+                for (target, value) in target.iter_mut().zip(values) {
+                    *target = round_to_bf16(*value);
+                }
+                target[values.len()..].fill(0);
+            }
         }
     }
 }
@@ -253,6 +281,14 @@ mod tests {
                     for at in 0..depth {
                         for row in 0..rows {
                             assert_eq!(out[at * rows + row], value(row, at));
+                        }
+                    }
+                    let mut tiles = vec![u16::MAX; rows * depth];
+                    level.run(RoundedTiles { x: &x, inputs, rows, out: &mut tiles });
+                    for at in 0..depth {
+                        for row in 0..rows {
+                            let found = tiles[(at / 32 * rows + row) * 32 + at % 32];
+                            assert_eq!(found, round_to_bf16(value(row, at)));
                         }
                     }
                     // SAFETY: `out` holds twice what is written.

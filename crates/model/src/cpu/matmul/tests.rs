@@ -72,7 +72,7 @@ fn products_match_the_plain_loop() {
                 let matrix = PackedMatrix::pack(&kernels, &[case.rows(format)], inputs);
                 assert_eq!((matrix.in_features(), matrix.out_features()), (inputs, outputs));
                 let rounds = format == Format::Bf16 && kernels.level().rounds_activations();
-                for rows in [1, 2, 3, 5, 7, 12, 13, 17, 50] {
+                for rows in [1, 2, 3, 5, 7, 12, 13, 17, 32, 50] {
                     if inputs * outputs * rows > 4_000_000 {
                         continue;
                     }
