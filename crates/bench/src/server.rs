@@ -15,6 +15,8 @@ use crate::result::{ModelInfo, PrefixCacheDelta};
 const MAX_FACTS: usize = 24;
 const MAX_FACT_CHARS: usize = 120;
 
+const MODELS: &str = "/v1/models";
+
 /// Between two questions whether the server is ready.
 const READY_EVERY: Duration = Duration::from_millis(200);
 
@@ -70,6 +72,12 @@ pub(crate) async fn ask(
         .map_err(|failure| ServerError::NoAnswer { url: client.target().to_string(), failure })
 }
 
+/// The answer to a question that has to succeed.
+async fn get(client: &Client, path: &str) -> Result<Reply, ServerError> {
+    let reply = ask(client, Method::GET, path, None).await?;
+    if reply.status.is_success() { Ok(reply) } else { Err(refusal(client, path, &reply)) }
+}
+
 /// The refusal behind an answer that is no success.
 pub(crate) fn refusal(client: &Client, path: &str, reply: &Reply) -> ServerError {
     ServerError::Refused {
@@ -101,16 +109,11 @@ pub async fn wait_until_ready(client: &Client, limit: Duration) -> Result<(), Se
 /// # Errors
 /// Why it is not.
 pub(crate) async fn ready(client: &Client) -> Result<(), ServerError> {
-    for path in ["/ready", "/v1/models"] {
-        let reply = ask(client, Method::GET, path, None).await?;
-        if reply.status.is_success() {
-            return Ok(());
-        }
-        if reply.status != StatusCode::NOT_FOUND || path != "/ready" {
-            return Err(refusal(client, path, &reply));
-        }
-    }
-    Ok(())
+    let answer = match get(client, "/ready").await {
+        Err(ServerError::Refused { status: 404, .. }) => get(client, MODELS).await,
+        answer => answer,
+    };
+    answer.map(drop)
 }
 
 #[derive(Deserialize)]
@@ -130,15 +133,11 @@ struct Model {
 /// # Errors
 /// If the server does not answer, does not list models, or does not serve this one.
 pub async fn model(client: &Client, asked: Option<&str>) -> Result<ModelInfo, ServerError> {
-    const PATH: &str = "/v1/models";
-    let reply = ask(client, Method::GET, PATH, None).await?;
-    if !reply.status.is_success() {
-        return Err(refusal(client, PATH, &reply));
-    }
+    let reply = get(client, MODELS).await?;
     let url = client.target().to_string();
     let models: Models = serde_json::from_slice(&reply.body).map_err(|_| ServerError::NotUnderstood {
         url: url.clone(),
-        path: PATH.into(),
+        path: MODELS.into(),
         expected: "list of models",
     })?;
     let served: Vec<String> = models.data.iter().take(8).map(|model| shortened(&model.id)).collect();

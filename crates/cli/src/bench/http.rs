@@ -25,7 +25,8 @@ const UNKNOWN_MODEL: &str = "unknown";
 /// a single request: how it fails is the result.
 ///
 /// # Errors
-/// If it is not ready in the time that it has for that, does not serve the model, or has too short a context for the workload.
+/// If it is not ready in the time that it has for that, does not serve the model, or has too short a context for the
+/// workload.
 pub async fn prepare(
     settings: &BenchSettings,
     http: &HttpSettings,

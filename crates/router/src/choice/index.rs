@@ -323,7 +323,10 @@ impl PrefixIndex {
         let mut holders = Holders::read(words);
         if holders.all.is_empty() {
             (holders.first, holders.node_of_first) = (replica, node);
-        } else if let Some(at) = self.places.entry(place(block, replica)) {
+        } else {
+            let entry = self.places.entry(place(block, replica));
+            debug_assert!(entry.is_some(), "there are no more places than nodes, and room for as many");
+            let Some(at) = entry else { return };
             *at = [node.into()];
         }
         holders.all.insert(replica);
@@ -405,11 +408,7 @@ impl PrefixIndex {
             let (mut at, mut before, mut len) = (list.oldest, NONE, 0);
             while at != NONE {
                 let held = self.nodes[at as usize];
-                let known = self.node(held.block, replica) == Some(at)
-                    && self
-                        .holders
-                        .get(held.block)
-                        .is_some_and(|words| Holders::read(words).all.contains(replica));
+                let known = self.node(held.block, replica) == Some(at);
                 if held.replica != replica || held.older != before || !known {
                     return Err(format!("node {at} of {replica:?} is badly linked or cannot be found"));
                 }

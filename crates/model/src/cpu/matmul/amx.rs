@@ -8,13 +8,13 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::PANEL;
 use super::micro::Block;
+use super::{MOST_TILE_ROWS, PANEL};
 
 /// Inputs of one instruction.
 const INPUTS: usize = 32;
-/// Most rows of a block: two tiles of 16.
-const ROWS: usize = 32;
+/// Most rows of a tile; a block has up to two of them.
+const ROWS: usize = MOST_TILE_ROWS / 2;
 
 /// Whether the CPU has AMX with bf16 and the system lets this process use it.
 pub fn is_available() -> bool {
@@ -78,11 +78,11 @@ impl Config {
 }
 
 /// # Safety
-/// [`is_available`] said yes; the block's addresses are valid for its shapes; at most [`ROWS`] rows; inputs in
+/// [`is_available`] said yes; the block's addresses are valid for its shapes; at most [`MOST_TILE_ROWS`] rows; inputs in
 /// whole multiples of [`INPUTS`].
 pub(super) unsafe fn tile(block: &Block) {
-    debug_assert!(block.rows <= ROWS && block.inputs.is_multiple_of(INPUTS));
-    let upper = if block.rows <= ROWS / 2 { block.rows } else { block.rows.div_ceil(2) };
+    debug_assert!(block.rows <= MOST_TILE_ROWS && block.inputs.is_multiple_of(INPUTS));
+    let upper = if block.rows <= ROWS { block.rows } else { block.rows.div_ceil(2) };
     let lower = block.rows - upper;
     let config = Config::new(upper as u8, lower as u8);
     // SAFETY: the configuration is valid for palette 1: at most 16 rows of 64 bytes.
@@ -91,8 +91,8 @@ pub(super) unsafe fn tile(block: &Block) {
         // SAFETY: the caller's, and the configuration is the one for these rows.
         unsafe {
             match lower {
-                0 => up_to_16_rows(block, panel),
-                _ => up_to_32_rows(block, panel, upper),
+                0 => one_panel::<false>(block, panel, upper),
+                _ => one_panel::<true>(block, panel, upper),
             }
         }
     }
@@ -150,9 +150,11 @@ impl Start {
     }
 }
 
+/// `upper` rows, and with `LOWER` the rest of the block's.
+///
 /// # Safety
-/// As [`tile`], with the tiles configured for the block's rows.
-unsafe fn up_to_16_rows(block: &Block, panel: usize) {
+/// As [`tile`], with the tiles configured for these rows.
+unsafe fn one_panel<const LOWER: bool>(block: &Block, panel: usize, upper: usize) {
     // SAFETY: the caller's: the block's addresses are valid for its shapes.
     unsafe {
         let mut weights = block.weights.add(panel * block.panel_bytes);
@@ -166,11 +168,20 @@ unsafe fn up_to_16_rows(block: &Block, panel: usize) {
             stride = in(reg) start.stride,
             options(nostack, readonly),
         );
+        if LOWER {
+            asm!(
+                "tileloadd tmm2, [{start} + {stride}]",
+                "tileloadd tmm3, [{start} + {stride} + 64]",
+                start = in(reg) start.at.byte_add(upper * start.stride),
+                stride = in(reg) start.stride,
+                options(nostack, readonly),
+            );
+        }
         for _ in 0..block.inputs / INPUTS {
             prefetch(weights, block);
             asm!(
-                "tileloadd tmm4, [{x} + {x_stride}]",
                 "tileloadd tmm6, [{w} + {w_stride}]",
+                "tileloadd tmm4, [{x} + {x_stride}]",
                 "tileloadd tmm7, [{w} + {w_stride} + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
@@ -180,69 +191,36 @@ unsafe fn up_to_16_rows(block: &Block, panel: usize) {
                 w_stride = in(reg) PANEL * 4,
                 options(nostack, readonly),
             );
+            if LOWER {
+                asm!(
+                    "tileloadd tmm5, [{x} + {x_stride}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    x = in(reg) x.add(upper * INPUTS * 2),
+                    x_stride = in(reg) INPUTS * 2,
+                    options(nostack, readonly),
+                );
+            }
             x = x.add(block.rows * INPUTS * 2);
             weights = weights.add(INPUTS * PANEL * 2);
         }
+        let stride = block.out_stride * 4;
         asm!(
             "tilestored [{out} + {stride}], tmm0",
             "tilestored [{out} + {stride} + 64], tmm1",
             out = in(reg) out,
-            stride = in(reg) block.out_stride * 4,
+            stride = in(reg) stride,
             options(nostack),
         );
-    }
-}
-
-/// # Safety
-/// As [`tile`], with the tiles configured for `upper` rows and the rest of the block's.
-unsafe fn up_to_32_rows(block: &Block, panel: usize, upper: usize) {
-    // SAFETY: the caller's: the block's addresses are valid for its shapes.
-    unsafe {
-        let mut weights = block.weights.add(panel * block.panel_bytes);
-        let mut x = block.x;
-        let out = block.out.add(panel * PANEL);
-        let start = Start::of(block, panel, out);
-        asm!(
-            "tileloadd tmm0, [{start} + {stride}]",
-            "tileloadd tmm1, [{start} + {stride} + 64]",
-            "tileloadd tmm2, [{lower} + {stride}]",
-            "tileloadd tmm3, [{lower} + {stride} + 64]",
-            start = in(reg) start.at,
-            lower = in(reg) start.at.byte_add(upper * start.stride),
-            stride = in(reg) start.stride,
-            options(nostack, readonly),
-        );
-        for _ in 0..block.inputs / INPUTS {
-            prefetch(weights, block);
+        if LOWER {
             asm!(
-                "tileloadd tmm6, [{w} + {w_stride}]",
-                "tileloadd tmm4, [{x} + {x_stride}]",
-                "tileloadd tmm7, [{w} + {w_stride} + 64]",
-                "tileloadd tmm5, [{lower} + {x_stride}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                x = in(reg) x,
-                lower = in(reg) x.add(upper * INPUTS * 2),
-                x_stride = in(reg) INPUTS * 2,
-                w = in(reg) weights,
-                w_stride = in(reg) PANEL * 4,
-                options(nostack, readonly),
+                "tilestored [{out} + {stride}], tmm2",
+                "tilestored [{out} + {stride} + 64], tmm3",
+                out = in(reg) out.byte_add(upper * stride),
+                stride = in(reg) stride,
+                options(nostack),
             );
-            x = x.add(block.rows * INPUTS * 2);
-            weights = weights.add(INPUTS * PANEL * 2);
         }
-        asm!(
-            "tilestored [{out} + {stride}], tmm0",
-            "tilestored [{out} + {stride} + 64], tmm1",
-            "tilestored [{lower} + {stride}], tmm2",
-            "tilestored [{lower} + {stride} + 64], tmm3",
-            out = in(reg) out,
-            lower = in(reg) out.add(upper * block.out_stride),
-            stride = in(reg) block.out_stride * 4,
-            options(nostack),
-        );
     }
 }
 
