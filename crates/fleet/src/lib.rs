@@ -7,13 +7,14 @@
 //! - [`settings`] and [`traffic`]: what is simulated
 //! - [`replica`]: one replica, as the real engine and as its fast equal
 //! - [`gateway`], [`pods`], `requests.rs`, `lifecycle.rs`: what happens to requests and to pods
-//! - [`scaler`] and [`scrape`]: what the autoscaler sees and says
+//! - [`scaler`], [`scrape`] and [`metrics_server`]: what the autoscaler sees and says
 //! - [`series`] and [`outcome`]: what remains
 
 pub mod counters;
 pub mod exposition;
 pub mod gateway;
 mod lifecycle;
+pub mod metrics_server;
 pub mod outcome;
 pub mod page;
 pub mod pods;

@@ -33,7 +33,7 @@ impl Run {
     /// Asks the autoscaler, and does what it says.
     pub(crate) fn scale(&mut self) {
         let before = self.scaler.wanted();
-        let said = self.scaler.tick(self.now, &self.prometheus, &self.pods);
+        let said = self.scaler.tick(self.now, &self.prometheus, &self.metrics_server, &self.pods);
         let wanted = self.scaler.wanted();
         said.into_iter().for_each(|text| self.log(text));
         if wanted != before {
@@ -226,7 +226,7 @@ impl Run {
         self.tally.crashes += 1;
         self.log(format!("pod {id} crashes"));
         self.leave(id);
-        self.pods.restart(id);
+        self.pods.restart(self.now, id);
         self.abandon(id, Failure::BrokenOff);
         self.next_stage_in(id);
     }

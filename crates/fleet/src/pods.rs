@@ -43,7 +43,13 @@ pub struct Pod {
     node_is_fresh: bool,
     /// When it got its node: from then on its GPUs are paid for.
     placed: Option<Duration>,
+    /// Its `status.startTime`: the node has taken it in.
+    pub began: Option<Duration>,
+    /// Of the container that runs.
+    pub container_began: Option<Duration>,
     pub ready_at: Option<Duration>,
+    /// When its condition Ready changed last.
+    pub readiness_changed: Duration,
     /// While it is ready or drains.
     pub replica: Option<Replica>,
     /// Its place in a router, once a probe has found it.
@@ -56,8 +62,6 @@ pub struct Pod {
     /// Time at work when it was last looked at, for a row and by Prometheus, to tell how busy it was since.
     pub busy_nanos_seen: u64,
     pub busy_nanos_scraped: u64,
-    /// Share of the time before the last scrape in which it computed.
-    pub busy: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -136,7 +140,10 @@ impl Pods {
             node: None,
             node_is_fresh: false,
             placed: None,
+            began: None,
+            container_began: None,
             ready_at: None,
+            readiness_changed: now,
             replica: None,
             seat: None,
             is_cut_off: false,
@@ -144,7 +151,6 @@ impl Pods {
             scheduled: None,
             busy_nanos_seen: 0,
             busy_nanos_scraped: 0,
-            busy: 0.0,
         });
         self.alive.push(id);
         id
@@ -211,23 +217,28 @@ impl Pods {
             Phase::Starting(Stage::WarmUp) => Phase::Ready,
             other => other,
         };
-        if pod.phase == Phase::Ready {
-            pod.ready_at = Some(now);
-            self.started += 1;
+        match pod.phase {
+            Phase::Starting(Stage::Image) => (pod.began, pod.readiness_changed) = (Some(now), now),
+            Phase::Starting(Stage::Load) => pod.container_began = Some(now),
+            Phase::Ready => {
+                (pod.ready_at, pod.readiness_changed) = (Some(now), now);
+                self.started += 1;
+            }
+            _ => {}
         }
         pod.phase == Phase::Ready
     }
 
     /// The container of a ready pod died and is started anew, on the same node.
-    pub fn restart(&mut self, id: PodId) {
+    pub fn restart(&mut self, now: Duration, id: PodId) {
         let pod = &mut self.pods[id];
         pod.phase = Phase::Starting(Stage::Load);
         pod.generation += 1;
-        pod.ready_at = None;
+        (pod.container_began, pod.ready_at, pod.readiness_changed) = (Some(now), None, now);
         pod.replica = None;
         pod.unheard.clear();
         (pod.is_cut_off, pod.scheduled) = (false, None);
-        (pod.busy_nanos_seen, pod.busy_nanos_scraped, pod.busy) = (0, 0, 0.0);
+        (pod.busy_nanos_seen, pod.busy_nanos_scraped) = (0, 0);
     }
 
     /// Who goes first.

@@ -13,6 +13,7 @@ use servelab_bench::result::SloLimit;
 use servelab_router::choice::load::Dispatch;
 
 use crate::gateway::Gateway;
+use crate::metrics_server::{self, MetricsServer};
 use crate::outcome::{Attainment, Failure, LogLine, Outcome};
 use crate::pods::{Phase, PodId, Pods};
 use crate::replica::{Ask, Note};
@@ -45,6 +46,7 @@ pub(crate) enum Event {
     HoldTimeout(u64),
     RouterScrape,
     Scrape,
+    ReadCpu,
     Scale,
     Crash,
     Partition,
@@ -94,6 +96,7 @@ pub struct Run {
     pub(crate) now: Duration,
     pub(crate) scaler: Scaler,
     pub(crate) prometheus: Prometheus,
+    pub(crate) metrics_server: MetricsServer,
     pub(crate) gateway: Gateway,
     pub(crate) pods: Pods,
     pub(crate) writer: Writer,
@@ -144,6 +147,7 @@ impl Run {
             now: Duration::ZERO,
             gateway: Gateway::new(settings.router, &settings.kind, most_pods, seed),
             prometheus: Prometheus::new(&settings.model_name, &scaler),
+            metrics_server: MetricsServer::default(),
             pods: Pods::new(settings.pods, settings.kind.gpus),
             writer: writer(seed),
             jobs: settings.workload.jobs(seed),
@@ -185,6 +189,9 @@ impl Run {
         }
         self.push(self.settings.router.probe_interval, Event::RouterScrape);
         self.push(Duration::ZERO, Event::Scrape);
+        if self.scaler.reads_cpu() {
+            self.push(Duration::ZERO, Event::ReadCpu);
+        }
         self.push(Duration::ZERO, Event::Row);
         if let Some(first) = self.scaler.next_wake() {
             self.push(first, Event::Scale);
@@ -228,6 +235,10 @@ impl Run {
                     self.settings.scrape_interval,
                 );
                 self.push(self.now + self.settings.scrape_interval, Event::Scrape);
+            }
+            Event::ReadCpu => {
+                self.metrics_server.scrape(self.now, &mut self.pods);
+                self.push(self.now + metrics_server::RESOLUTION, Event::ReadCpu);
             }
             Event::Scale => self.scale(),
             Event::Crash => self.crash(),

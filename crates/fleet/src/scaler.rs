@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use servelab_sim::autoscale::{Autoscaler, Manifest, ManifestError, PodCounts};
+use servelab_sim::autoscale::{Autoscaler, CpuPod, Manifest, ManifestError, PodCounts};
 
-use crate::pods::{Phase, Pod, Pods, Stage};
+use crate::metrics_server::MetricsServer;
+use crate::pods::{Phase, Pod, PodId, Pods, Stage};
 use crate::scrape::{Prometheus, target};
 
 /// Manifests that come with the program: the good ones, and the usual mistakes.
@@ -77,15 +78,29 @@ impl Scaler {
         queries.collect::<Vec<_>>().join("\n")
     }
 
+    /// Whether it looks at the CPU.
+    pub fn reads_cpu(&self) -> bool {
+        self.autoscaler.as_ref().is_some_and(Autoscaler::reads_cpu)
+    }
+
     /// When it wants to look next.
     pub fn next_wake(&self) -> Option<Duration> {
         self.autoscaler.as_ref().map(Autoscaler::next_wake)
     }
 
     /// Looks, and says what it changed its mind about, or what it cannot see.
-    pub fn tick(&mut self, now: Duration, prometheus: &Prometheus, pods: &Pods) -> Vec<String> {
+    pub fn tick(
+        &mut self,
+        now: Duration,
+        prometheus: &Prometheus,
+        metrics_server: &MetricsServer,
+        pods: &Pods,
+    ) -> Vec<String> {
         let Some(autoscaler) = &mut self.autoscaler else { return Vec::new() };
-        let counts = pod_counts(self.wanted, pods);
+        let mut counts = pod_counts(self.wanted, pods);
+        if autoscaler.reads_cpu() {
+            counts.cpu = cpu_pods(metrics_server, pods);
+        }
         let scaled = autoscaler.tick(now, &prometheus.samples, &counts);
         let mut said: Vec<String> = autoscaler.new_complaint(now, &prometheus.samples).into_iter().collect();
         if let Some(scaled) = scaled {
@@ -104,12 +119,22 @@ fn pod_counts(wanted: u32, pods: &Pods) -> PodCounts {
         existing: counts.wanted(),
         ready: counts.ready,
         running: alive().filter(|(_, pod)| is_running(pod)).map(|(id, _)| target(id)).collect(),
-        // A core launches steps while the device computes them; that is what a replica asks for.
-        cpu_percent: alive()
-            .filter(|(_, pod)| pod.phase == Phase::Ready)
-            .map(|(_, pod)| 100.0 * pod.busy)
-            .collect(),
+        cpu: Vec::new(),
     }
+}
+
+/// Those that are not going.
+fn cpu_pods(metrics_server: &MetricsServer, pods: &Pods) -> Vec<CpuPod> {
+    let alive = pods.alive.iter().map(|id| (*id, &pods.pods[*id]));
+    let staying = alive.filter(|(_, pod)| pod.phase != Phase::Draining);
+    let of = |(id, pod): (PodId, &Pod)| CpuPod {
+        began: pod.began,
+        is_running: is_running(pod),
+        is_ready: pod.phase == Phase::Ready,
+        readiness_changed: pod.readiness_changed,
+        usage: metrics_server.usage(id),
+    };
+    staying.map(of).collect()
 }
 
 /// Whether its container has begun, and it is not going.

@@ -41,13 +41,13 @@ impl Prometheus {
             let nanos = replica.counters().busy_nanos;
             let computed = Duration::from_nanos(nanos.saturating_sub(pod.busy_nanos_scraped));
             pod.busy_nanos_scraped = nanos;
-            pod.busy = (computed.as_secs_f64() / since.as_secs_f64()).min(1.0);
+            let busy = (computed.as_secs_f64() / since.as_secs_f64()).min(1.0);
             if self.is_asked && !pod.is_cut_off {
                 let target = target(*id);
                 let sink = &mut |name: &str, labels: &[(&str, &str)], value| {
                     record(samples, now, &target, name, labels, value);
                 };
-                exposition::replica(replica, model_name, pod.busy, wanted, sink);
+                exposition::replica(replica, model_name, busy, wanted, sink);
             }
         }
         if self.is_asked {

@@ -5,16 +5,17 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use servelab_bench::arrivals::ArrivalShape;
+use servelab_fleet::scaler::presets;
 use servelab_fleet::{FaultSettings, Load, Run, Scaler, Settings, traffic};
 use servelab_router::choice::policy::Policy;
+use servelab_sim::autoscale::Manifest;
 
 use super::small;
 
 /// Events between two checks of everything.
 const CHECK_EVERY: u32 = 37;
 
-fn random_settings(seed: u64) -> (Settings, u32) {
-    let random = &mut ChaCha8Rng::seed_from_u64(seed);
+fn random_settings(random: &mut ChaCha8Rng, seed: u64) -> (Settings, u32) {
     let replicas = random.random_range(0..6);
     let seconds = random.random_range(20..90);
     let mut settings = small::settings(replicas, 1.0, seconds, seed);
@@ -46,10 +47,55 @@ fn random_settings(seed: u64) -> (Settings, u32) {
     (settings, replicas)
 }
 
-/// Runs a seed to its end, and returns how many requests there were, how many failed, and how many faults.
-fn run(seed: u64, is_shown: bool) -> Result<(u64, u64, u64), String> {
-    let (settings, replicas) = random_settings(seed);
-    let mut run = Run::new(settings, Scaler::fixed(replicas)).map_err(|error| error.to_string())?;
+/// Half of the fleets are as large as they are. Of the others some follow a manifest that comes with the program, and
+/// some one that is so hasty that pods go while they start, and the fleet sleeps and wakes.
+fn random_scaler(random: &mut ChaCha8Rng, replicas: u32) -> Scaler {
+    if random.random_bool(0.5) {
+        return Scaler::fixed(replicas);
+    }
+    let presets: Vec<&str> = presets().collect();
+    match random.random_range(0..2 * presets.len()) {
+        at if at < presets.len() => Scaler::preset(presets[at], replicas).unwrap(),
+        _ => Scaler::manifest("hasty", Manifest::parse(&hasty(random)).unwrap(), replicas),
+    }
+}
+
+fn hasty(random: &mut ChaCha8Rng) -> String {
+    let [polling, cooldown, window] = [1..10, 1..20, 0..20].map(|span| random.random_range(span));
+    let (least, more, threshold) =
+        (random.random_range(0..2), random.random_range(1..12), random.random_range(1..6));
+    let most = least + more;
+    format!(
+        r#"
+apiVersion: keda.sh/v1alpha1
+kind: ScaledObject
+metadata: {{ name: hasty }}
+spec:
+  scaleTargetRef: {{ name: servelab-replica }}
+  pollingInterval: {polling}
+  cooldownPeriod: {cooldown}
+  minReplicaCount: {least}
+  maxReplicaCount: {most}
+  advanced:
+    horizontalPodAutoscalerConfig:
+      behavior: {{ scaleDown: {{ stabilizationWindowSeconds: {window} }} }}
+  triggers:
+    - type: prometheus
+      metadata:
+        serverAddress: http://prometheus:9090
+        query: sum(servelab_router_requests_in_flight)
+        threshold: "{threshold}"
+"#
+    )
+}
+
+/// Runs a seed to its end, and returns how many requests there were, how many failed, how many faults, and how often the
+/// fleet changed its size.
+fn run(seed: u64, is_shown: bool) -> Result<[u64; 4], String> {
+    let random = &mut ChaCha8Rng::seed_from_u64(seed);
+    let (settings, replicas) = random_settings(random, seed);
+    let scaler = random_scaler(random, replicas);
+    let mut run = Run::new(settings, scaler).map_err(|error| error.to_string())?;
     let mut events = 0_u32;
     while run.step() {
         events += 1;
@@ -71,13 +117,14 @@ fn run(seed: u64, is_shown: bool) -> Result<(u64, u64, u64), String> {
     }
     match outcome.completed + outcome.failed() {
         ended if ended == outcome.requests => {
-            Ok((outcome.requests, outcome.failed(), outcome.crashes + outcome.partitions))
+            let faults = outcome.crashes + outcome.partitions;
+            Ok([outcome.requests, outcome.failed(), faults, outcome.scalings])
         }
         ended => Err(format!("{} requests and {ended} ends", outcome.requests)),
     }
 }
 
-/// Engines, router, queues, pods and faults together: no request is lost, none ends twice, no block leaks, nothing
+/// Engines, router, queues, pods, autoscaler and faults together: no request is lost, none ends twice, no block leaks, nothing
 /// hangs.
 #[test]
 fn random_fleets_lose_nothing() {
@@ -87,15 +134,17 @@ fn random_fleets_lose_nothing() {
         None => 0..number("SERVELAB_SIM_SEEDS").unwrap_or(200),
     };
     let is_shown = seeds.end - seeds.start == 1;
-    let mut sums = (0, 0, 0);
+    let mut sums = [0; 4];
     for seed in seeds.clone() {
         match std::panic::catch_unwind(|| run(seed, is_shown)) {
-            Ok(Ok((requests, failed, faults))) => {
-                sums = (sums.0 + requests, sums.1 + failed, sums.2 + faults);
-            }
+            Ok(Ok(counts)) => sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count),
             Ok(Err(breach)) => panic!("seed {seed}: {breach}\nrepeat it with: just sim {seed}"),
             Err(_) => panic!("seed {seed} panicked\nrepeat it with: just sim {seed}"),
         }
     }
-    println!("{} seeds: {} requests, {} failed, {} faults", seeds.count(), sums.0, sums.1, sums.2);
+    let [requests, failed, faults, scalings] = sums;
+    println!(
+        "{} seeds: {requests} requests, {failed} failed, {faults} faults, {scalings} changes of size",
+        seeds.count()
+    );
 }

@@ -2,12 +2,19 @@
 
 use std::time::Duration;
 
+use super::{CpuPod, CpuUsage};
+
 /// `--horizontal-pod-autoscaler-sync-period`.
 pub const SYNC_PERIOD: Duration = Duration::from_secs(15);
 /// `--horizontal-pod-autoscaler-tolerance`.
 pub const TOLERANCE: f64 = 0.1;
 /// `--horizontal-pod-autoscaler-downscale-stabilization`, and the default of `behavior.scaleDown`.
 pub const DOWNSCALE_STABILIZATION: Duration = Duration::from_secs(300);
+/// `--horizontal-pod-autoscaler-cpu-initialization-period`: so long a pod that is not ready does not count, nor one whose
+/// usage was read over a time in which it was not.
+pub const CPU_INITIALIZATION: Duration = Duration::from_secs(300);
+/// `--horizontal-pod-autoscaler-initial-readiness-delay`: after that time, a change of its readiness was not the first.
+pub const INITIAL_READINESS_DELAY: Duration = Duration::from_secs(30);
 
 /// How a metric becomes replicas.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -108,15 +115,22 @@ fn ceil(value: f64) -> u32 {
     value.ceil().clamp(0.0, f64::from(i32::MAX)) as u32
 }
 
+/// In whole thousandths, as the metric APIs carry a value and its target (`GenerateMetricInMili` and
+/// `GetMetricTargetMili` of KEDA, `MilliValue` of a Quantity). What is not a number is 0.
+pub fn thousandths(value: f64) -> f64 {
+    if value.is_nan() { 0.0 } else { (value * 1000.0).trunc() }
+}
+
 /// `GetExternalPerPodMetricReplicas`: of a sum and what each pod may have of it.
 pub fn per_pod_replicas(existing: u32, usage: f64, target: f64, tolerances: Tolerances) -> u32 {
+    let (usage, target) = (thousandths(usage), thousandths(target));
     let ratio = usage / (target * f64::from(existing));
     if tolerances.holds(ratio) { existing } else { ceil(usage / target) }
 }
 
 /// `GetExternalMetricReplicas` with `getUsageRatioReplicaCount`: of a ratio, which multiplies the ready pods.
 pub fn ratio_replicas(current: u32, ready: u32, usage: f64, target: f64, tolerances: Tolerances) -> u32 {
-    let ratio = usage / target;
+    let ratio = thousandths(usage) / thousandths(target);
     match current {
         0 => ceil(ratio),
         _ if tolerances.holds(ratio) => current,
@@ -124,20 +138,50 @@ pub fn ratio_replicas(current: u32, ready: u32, usage: f64, target: f64, toleran
     }
 }
 
-/// `GetResourceReplicas` of the CPU, in percent of what a pod asks for, of those pods that have one. `unready`: pods
-/// that have not begun, or are not ready. `None` without any value.
-pub fn resource_replicas(
-    current: u32,
-    percents: &[f64],
-    unready: u32,
-    target: f64,
-    tolerances: Tolerances,
-) -> Option<u32> {
-    each_pod(current, percents, Without { unready, missing: 0 }, target, tolerances)
+/// The CPU of pods, in percent of what they ask for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CpuGroups {
+    /// Of each pod that counts.
+    pub percents: Vec<f64>,
+    /// Pods that have not begun, or are not ready.
+    pub unready: u32,
+    /// Pods that run and have no usage.
+    pub missing: u32,
 }
 
-/// `GetMetricReplicas` (Pods metrics): of a value of each pod, which the API carries in thousandths. `pending`: pods
-/// whose container has not begun; `missing`: those that run and have no value. `None` without any value.
+/// `groupPods` of the CPU.
+pub fn group_pods(now: Duration, pods: &[CpuPod]) -> CpuGroups {
+    let mut groups = CpuGroups::default();
+    for pod in pods {
+        match pod.usage.filter(|_| pod.is_running) {
+            _ if !pod.is_running => groups.unready += 1,
+            None => groups.missing += 1,
+            Some(usage) if is_unready(now, pod, usage) => groups.unready += 1,
+            Some(usage) => groups.percents.push(usage.percent),
+        }
+    }
+    groups
+}
+
+fn is_unready(now: Duration, pod: &CpuPod, usage: CpuUsage) -> bool {
+    match pod.began {
+        None => true,
+        Some(began) if began + CPU_INITIALIZATION > now => {
+            !pod.is_ready || usage.at < pod.readiness_changed + usage.window
+        }
+        Some(began) => !pod.is_ready && began + INITIAL_READINESS_DELAY > pod.readiness_changed,
+    }
+}
+
+/// `GetResourceReplicas` of the CPU. `None` if no pod counts.
+pub fn resource_replicas(current: u32, cpu: &CpuGroups, target: f64, tolerances: Tolerances) -> Option<u32> {
+    let CpuGroups { percents, unready, missing } = cpu;
+    let without = Without { unready: *unready, missing: *missing, assumed: target.max(100.0) };
+    each_pod(current, percents, without, target, tolerances)
+}
+
+/// `GetMetricReplicas` (Pods metrics): of a value of each pod. `pending`: pods whose container has not begun; `missing`:
+/// those that run and have no value. `None` without any value.
 pub fn pods_replicas(
     current: u32,
     values: &[f64],
@@ -146,9 +190,9 @@ pub fn pods_replicas(
     target: f64,
     tolerances: Tolerances,
 ) -> Option<u32> {
-    let thousandths = |value: &f64| if value.is_nan() { 0.0 } else { (value * 1000.0).trunc() };
-    let values: Vec<f64> = values.iter().map(thousandths).collect();
-    each_pod(current, &values, Without { unready: pending, missing }, target * 1000.0, tolerances)
+    let values: Vec<f64> = values.iter().copied().map(thousandths).collect();
+    let target = thousandths(target);
+    each_pod(current, &values, Without { unready: pending, missing, assumed: target }, target, tolerances)
 }
 
 /// Pods that have no value.
@@ -156,8 +200,9 @@ pub fn pods_replicas(
 struct Without {
     /// Count as idle when it goes up, and not at all when it goes down.
     unready: u32,
-    /// Count as idle when it goes up, and as exactly at the target when it goes down.
+    /// Count as idle when it goes up, and as using so much when it goes down.
     missing: u32,
+    assumed: f64,
 }
 
 /// `calcPlainMetricReplicas`, and `GetResourceReplicas` after it. Means are whole numbers there.
@@ -180,7 +225,7 @@ fn each_pod(
         return Some(if tolerances.holds(ratio) { current } else { ceil(ratio * known) });
     }
     let missing = f64::from(without.missing);
-    let assumed = if ratio < 1.0 { missing * target } else { 0.0 };
+    let assumed = if ratio < 1.0 { missing * without.assumed } else { 0.0 };
     let all = known + f64::from(unready) + missing;
     let rebalanced = ratio_of(sum + assumed, all);
     let turned = (ratio < 1.0 && rebalanced > 1.0) || (ratio > 1.0 && rebalanced < 1.0);

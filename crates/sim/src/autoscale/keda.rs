@@ -70,6 +70,11 @@ impl Autoscaler {
         &self.manifest
     }
 
+    /// Whether it looks at [`PodCounts::cpu`].
+    pub fn reads_cpu(&self) -> bool {
+        self.manifest.triggers.iter().any(|trigger| matches!(trigger.kind, TriggerKind::Cpu { .. }))
+    }
+
     /// When [`Autoscaler::tick`] is to be called next.
     pub fn next_wake(&self) -> Duration {
         self.next_poll.min(self.next_sync)
@@ -194,15 +199,16 @@ impl Autoscaler {
         (is_active, is_error, reason)
     }
 
-    /// The formula's value.
+    /// The formula's value (`calculateScalingModifiersFormula`): values come and go in thousandths.
     fn composite(&self, modifiers: &Modifiers, readings: &Readings) -> Reading {
         let mut values = BTreeMap::new();
         for (trigger, reading) in self.manifest.triggers.iter().zip(readings) {
             if let Some(reading) = reading {
-                values.insert(trigger.name.clone(), reading.clone()?);
+                values.insert(trigger.name.clone(), hpa::thousandths(reading.clone()?) / 1000.0);
             }
         }
-        modifiers.formula.value(&values).map_err(|error| error.to_string())
+        let value = modifiers.formula.value(&values).map_err(|error| error.to_string())?;
+        Ok(hpa::thousandths(value) / 1000.0)
     }
 
     // ---- between one and the most ----
@@ -242,7 +248,7 @@ impl Autoscaler {
             TriggerKind::Prometheus { target, .. } => {
                 self.of_value(at, &trigger.name, told.unwrap_or(Ok(0.0)), *target, pods)
             }
-            TriggerKind::Cpu { utilization } => self.of_cpu(&trigger.name, *utilization, pods),
+            TriggerKind::Cpu { utilization } => self.of_cpu(&trigger.name, now, *utilization, pods),
             TriggerKind::Pods { query, average } => {
                 self.of_pods(&trigger.name, pod_values(query, now, samples), *average, pods)
             }
@@ -277,11 +283,10 @@ impl Autoscaler {
         (format!("{name} is {}", short(usage)), Some(replicas))
     }
 
-    fn of_cpu(&self, name: &str, utilization: f64, pods: &PodCounts) -> Proposal {
-        let percents = &pods.cpu_percent;
-        let unready = pods.existing.saturating_sub(percents.len() as u32);
-        let replicas = hpa::resource_replicas(pods.wanted, percents, unready, utilization, self.tolerances());
-        (format!("{name} is {}", short(mean(percents))), replicas)
+    fn of_cpu(&self, name: &str, now: Duration, utilization: f64, pods: &PodCounts) -> Proposal {
+        let cpu = hpa::group_pods(now, &pods.cpu);
+        let replicas = hpa::resource_replicas(pods.wanted, &cpu, utilization, self.tolerances());
+        (format!("{name} is {}", short(mean(&cpu.percents))), replicas)
     }
 
     /// Of the pods that run, those that have a value; what is said of others is not looked at.

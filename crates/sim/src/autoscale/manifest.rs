@@ -407,6 +407,9 @@ fn seconds(typed: Option<u32>, default: u32) -> Duration {
 }
 
 const MOST_REPLICAS: u32 = 10_000;
+/// Metric APIs carry thousandths: a target below one is 0 there, and refused.
+const LEAST_TARGET: f64 = 0.001;
+const TARGETS: &str = "it must be a number of at least 0.001";
 
 fn bounds(min: u32, max: u32) -> Result<(), ManifestError> {
     if max == 0 || max > MOST_REPLICAS {
@@ -560,8 +563,8 @@ fn prometheus(at: usize, typed: &TypedTrigger) -> Result<TriggerKind, ManifestEr
     let query =
         Query::parse(text).map_err(|source| ManifestError::Query { field: field("query"), source })?;
     let threshold = match number("threshold")? {
-        Some(threshold) if threshold > 0.0 => threshold,
-        Some(wrong) => return refused(field("threshold"), wrong, "it must be above 0"),
+        Some(threshold) if threshold >= LEAST_TARGET => threshold,
+        Some(wrong) => return refused(field("threshold"), wrong, TARGETS),
         None => return refused(field("threshold"), "missing", "a prometheus trigger needs one"),
     };
     let target = match typed.metric_type {
@@ -591,9 +594,14 @@ fn cpu(at: usize, typed: &TypedTrigger) -> Result<TriggerKind, ManifestError> {
     if let Some((name, value)) = typed.metadata.iter().find(|(name, _)| *name != "value") {
         return refused(format!("triggers[{at}].metadata.{name}"), value, "this key is not simulated");
     }
-    match typed.metadata.get("value").map(|text| text.parse::<f64>()) {
-        Some(Ok(utilization)) if utilization > 0.0 => Ok(TriggerKind::Cpu { utilization }),
-        _ => refused(format!("triggers[{at}].metadata.value"), "no number", "it must be percent, above 0"),
+    match typed.metadata.get("value").map(|text| text.parse::<u32>()) {
+        Some(Ok(utilization)) if utilization > 0 => {
+            Ok(TriggerKind::Cpu { utilization: f64::from(utilization) })
+        }
+        _ => {
+            let found = typed.metadata.get("value").map_or("missing", String::as_str);
+            refused(format!("triggers[{at}].metadata.value"), found, "it must be whole percent, at least 1")
+        }
     }
 }
 
@@ -604,8 +612,8 @@ fn modifiers(typed: &TypedModifiers, triggers: &[Trigger]) -> Result<Modifiers, 
         return refused(field("formula"), name, "no trigger has this name");
     }
     let target = match typed.target.parse::<f64>() {
-        Ok(target) if target > 0.0 => target,
-        _ => return refused(field("target"), &typed.target, "it must be a number above 0"),
+        Ok(target) if target >= LEAST_TARGET && f64::is_finite(target) => target,
+        _ => return refused(field("target"), &typed.target, TARGETS),
     };
     let activation = match typed.activation_target.as_deref().unwrap_or("0").parse() {
         Ok(activation) => activation,
@@ -699,11 +707,12 @@ fn metric(at: usize, typed: TypedMetric, adapter: &Adapter) -> Result<Trigger, M
         ("Pods", None, Some(pods)) => {
             let average = pods.target.average_value.and_then(|quantity| quantity.value());
             match (pods.target.kind, average) {
-                (MetricType::AverageValue, Some(average)) if average > 0.0 => {
+                (MetricType::AverageValue, Some(average)) if average >= LEAST_TARGET => {
                     TriggerKind::Pods { query: adapter.query(&pods.metric.name)?, average }
                 }
                 _ => {
-                    let rule = "metrics of pods have an averageValue above 0, such as \"4\" or \"500m\"";
+                    let rule =
+                        "metrics of pods have an averageValue of at least 1m, such as \"4\" or \"500m\"";
                     return refused(format!("metrics[{at}].pods.target"), "another", rule);
                 }
             }

@@ -8,6 +8,8 @@
 //!
 //! Each function names the function of Kubernetes 1.36 or KEDA 2.20 that it follows.
 
+use std::time::Duration;
+
 pub mod adapter;
 pub mod formula;
 pub mod hpa;
@@ -31,6 +33,29 @@ pub struct PodCounts {
     pub ready: u32,
     /// Of the existing ones, those whose container runs, ready or not, by the value of their label `pod`.
     pub running: Vec<String>,
-    /// Of each ready pod, the CPU that it uses over what it asks for, in percent.
-    pub cpu_percent: Vec<f64>,
+    /// The existing ones as an autoscaler on CPU sees them; nothing where none is asked.
+    pub cpu: Vec<CpuPod>,
+}
+
+/// A pod and the CPU that metrics-server says it uses.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuPod {
+    /// `status.startTime`, if a node has taken it in.
+    pub began: Option<Duration>,
+    /// Its container runs: it is not pending.
+    pub is_running: bool,
+    pub is_ready: bool,
+    /// When its condition Ready changed last.
+    pub readiness_changed: Duration,
+    pub usage: Option<CpuUsage>,
+}
+
+/// What metrics-server knows of a pod.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CpuUsage {
+    /// When it was read, and the time before that over which it is the mean.
+    pub at: Duration,
+    pub window: Duration,
+    /// Over what the pod asks for.
+    pub percent: f64,
 }

@@ -4,17 +4,17 @@ use std::time::Duration;
 use proptest::prelude::*;
 use serde::Deserialize;
 use servelab_sim::autoscale::hpa::{
-    Behavior, Limits, Memory, Policy, PolicyKind, Rules, Select, Tolerances, per_pod_replicas, pods_replicas,
-    ratio_replicas, resource_replicas,
+    Behavior, CpuGroups, Limits, Memory, Policy, PolicyKind, Rules, Select, Tolerances, group_pods,
+    per_pod_replicas, pods_replicas, ratio_replicas, resource_replicas,
 };
 use servelab_sim::autoscale::promql::{Query, Value};
-use servelab_sim::autoscale::{Adapter, Autoscaler, Manifest, PodCounts, SampleStore};
+use servelab_sim::autoscale::{Adapter, Autoscaler, CpuPod, CpuUsage, Manifest, PodCounts, SampleStore};
 
 #[derive(Deserialize)]
 struct Cases {
     ratio: Vec<Case<(u32, u32, f64, f64, u32)>>,
     per_pod: Vec<Case<(u32, f64, f64, u32)>>,
-    resource: Vec<Case<(u32, u32, Vec<f64>, f64, u32)>>,
+    resource: Vec<Case<(u32, u32, u32, Vec<f64>, f64, u32)>>,
     pods: Vec<Case<(u32, u32, u32, Vec<f64>, f64, u32)>>,
     decide: Vec<Decide>,
 }
@@ -64,9 +64,9 @@ fn the_arithmetic_is_what_its_sources_say() {
     for Case { reference, case: (existing, usage, target, replicas) } in &cases.per_pod {
         assert_eq!(per_pod_replicas(*existing, *usage, *target, tolerances), *replicas, "{reference}");
     }
-    for Case { reference, case: (current, existing, percents, target, replicas) } in &cases.resource {
-        let unready = existing - percents.len() as u32;
-        let found = resource_replicas(*current, percents, unready, *target, tolerances);
+    for Case { reference, case: (current, unready, missing, percents, target, replicas) } in &cases.resource {
+        let cpu = CpuGroups { percents: percents.clone(), unready: *unready, missing: *missing };
+        let found = resource_replicas(*current, &cpu, *target, tolerances);
         assert_eq!(found, Some(*replicas), "{reference}");
     }
     for Case { reference, case: (current, pending, missing, values, target, replicas) } in &cases.pods {
@@ -85,6 +85,76 @@ fn the_arithmetic_is_what_its_sources_say() {
     let averages = cases.per_pod.len() + cases.resource.len() + cases.pods.len();
     let all = cases.ratio.len() + averages + cases.decide.len();
     assert!(all >= 40, "{all} cases");
+}
+
+/// `groupPods` (replica_calculator.go), and what the documentation says of the two periods.
+#[test]
+fn pods_that_have_just_begun_do_not_count() {
+    let second = Duration::from_secs;
+    let usage = |at| CpuUsage { at: second(at), window: second(15), percent: 70.0 };
+    let running = |began, changed, is_ready, usage| CpuPod {
+        began: Some(second(began)),
+        is_running: true,
+        is_ready,
+        readiness_changed: second(changed),
+        usage,
+    };
+    let pending = CpuPod { is_running: false, ..running(900, 900, false, None) };
+    for (what, pod, expected) in [
+        ("pending", pending.clone(), "unready"),
+        (
+            "pending, and what its container used before",
+            CpuPod { usage: Some(usage(990)), ..pending },
+            "unready",
+        ),
+        ("no usage yet", running(900, 960, true, None), "missing"),
+        ("young and not ready", running(900, 900, false, Some(usage(990))), "unready"),
+        ("young, read partly before it was ready", running(900, 980, true, Some(usage(990))), "unready"),
+        ("young, read since", running(900, 975, true, Some(usage(990))), "counts"),
+        ("old, read partly before it was ready", running(700, 980, true, Some(usage(990))), "counts"),
+        ("old, was never ready", running(600, 600, false, Some(usage(990))), "unready"),
+        ("old, is ready no more", running(600, 980, false, Some(usage(990))), "counts"),
+        (
+            "not taken in by a node",
+            CpuPod { began: None, ..running(0, 0, false, Some(usage(990))) },
+            "unready",
+        ),
+    ] {
+        let CpuGroups { percents, unready, missing } = group_pods(second(1000), &[pod]);
+        let found = match (percents.as_slice(), unready, missing) {
+            ([70.0], 0, 0) => "counts",
+            ([], 1, 0) => "unready",
+            ([], 0, 1) => "missing",
+            other => panic!("{what}: {other:?}"),
+        };
+        assert_eq!(found, expected, "{what}");
+    }
+}
+
+/// What the controller's own code answered: `controller/cases_test.go` asks it.
+#[test]
+fn the_arithmetic_is_that_of_the_controller() {
+    let tolerances = Tolerances::of(None);
+    let cases = include_str!("controller/cases.tsv").lines();
+    for line in cases.clone() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let whole = |at: usize| fields[at].parse::<u32>().unwrap();
+        let number = |at: usize| fields[at].parse::<f64>().unwrap();
+        let list =
+            |at: usize| -> Vec<f64> { fields[at].split(',').map(|value| value.parse().unwrap()).collect() };
+        let found = match fields[0] {
+            "ratio" => Some(ratio_replicas(whole(1), whole(2), number(3), number(4), tolerances)),
+            "per_pod" => Some(per_pod_replicas(whole(1), number(2), number(3), tolerances)),
+            "pods" => pods_replicas(whole(1), &list(4), whole(2), whole(3), number(5), tolerances),
+            "resource" => {
+                let cpu = CpuGroups { percents: list(4), unready: whole(2), missing: whole(3) };
+                resource_replicas(whole(1), &cpu, number(5), tolerances)
+            }
+            other => panic!("{other}"),
+        };
+        assert_eq!(found, Some(whole(fields.len() - 1)), "{line}");
+    }
+    assert!(cases.count() >= 400);
 }
 
 proptest! {
