@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use crate::util::{Server, chat, greedy, prose, run, servelab, text};
+use crate::util::{Server, chat, events, greedy, prose, run, servelab, text};
 
 /// A 70B on four H100s, many times as fast, so that a test does not take the time of one.
 const SEVENTY: [&str; 8] = ["--device", "sim", "--model", "llama-3.1-70b", "--tp", "4", "--speed", "50"];
@@ -117,6 +117,26 @@ async fn a_device_that_takes_no_time_serves_too() {
     server.until_idle().await;
 }
 
+/// As on a GPU that falls off the bus: whoever waits is told, nothing new is taken, and the exit status has the container
+/// started anew.
+#[tokio::test]
+async fn a_lost_device_tells_its_clients_and_ends_the_program() {
+    let mut server = Server::start(&[&SEVENTY[..6], &["--lost-after", "1500ms"]].concat()).await;
+    server.wait_until_ready().await;
+    let mut body = greedy("What is a lost device?", 4000);
+    body["ignore_eos"] = json!(true);
+    let stream = server.open_stream("/v1/completions", &body).await;
+    let (status, whole) = server.post("/v1/completions", &body).await;
+    assert_eq!((status, &whole["error"]["code"]), (500, &json!("model_failed")), "{whole}");
+    let told = events(stream).await;
+    assert!(told.len() > 10, "it answered until then: {told:?}");
+    let last: Value = serde_json::from_str(told.last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "model_failed", "{last}");
+    let status = server.ended().await;
+    assert_eq!(status.code(), Some(1), "{}", server.log());
+    assert!(server.log().contains("the simulated device is lost, as it was told to be"), "{}", server.log());
+}
+
 #[test]
 fn what_cannot_be_simulated_is_refused_with_what_can() {
     let refused = |flags: &[&str]| {
@@ -129,6 +149,7 @@ fn what_cannot_be_simulated_is_refused_with_what_can() {
     assert!(code == 1 && error.contains("it splits over 1, 2, 4, 8"), "{code} {error}");
     for (flags, expected) in [
         (&["--hardware", "h100"][..], "--hardware h100 goes with --device sim only"),
+        (&["--lost-after", "2m"], "--lost-after 120s goes with --device sim only"),
         (&["--device", "sim", "--hardware", "h1000"], "unknown hardware \"h1000\"; known: a100-40"),
         (&["--device", "sim", "--speed", "0"], "--speed is 0; it must be from 0.001 to 1e6, or inf"),
         (&["--device", "sim", "--speed", "nan"], "--speed is NaN; it must be"),

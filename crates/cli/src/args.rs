@@ -211,6 +211,10 @@ pub struct Typed {
     /// the server [default: 1].
     #[arg(long, value_name = "FACTOR", help_heading = "Simulated device")]
     pub speed: Option<f64>,
+    /// With --device sim: the device is lost so long after the model is there, as a GPU that falls off the bus: what it
+    /// computes ends with an error, and the server exits with 1 [default: never].
+    #[arg(long, value_name = "TIME", help_heading = "Simulated device")]
+    pub lost_after: Option<TimeSpan>,
 
     /// In front of every metric's name; vllm: gives vLLM's own names [default: servelab_].
     #[arg(long, value_name = "PREFIX", help_heading = "Metrics and logs")]
@@ -314,6 +318,7 @@ impl Typed {
             hardware: self.hardware.or(file.hardware),
             tp: self.tp.or(file.tp),
             speed: self.speed.or(file.speed),
+            lost_after: self.lost_after.or(file.lost_after),
             metrics_prefix: self.metrics_prefix.or(file.metrics_prefix),
             log_level: self.log_level.or(file.log_level),
             log_format: self.log_format.or(file.log_format),

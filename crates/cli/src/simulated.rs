@@ -1,6 +1,7 @@
 //! A simulated device in place of a real one: its settings, and what it takes to serve with it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use servelab_engine::EngineConfig;
 use servelab_model::{LoadTimings, LoadedModel, MemoryReport, PoolSize, Prepared};
@@ -27,6 +28,8 @@ pub struct SimulatedSettings {
     pub gpus: u32,
     /// Default 1: as fast as the device.
     pub speed: Speed,
+    /// Default: never.
+    pub lost_after: Option<Duration>,
     /// Default bf16.
     pub weight_dtype: Dtype,
     /// Default: 16 bits, or 32 where the weights have them.
@@ -68,6 +71,7 @@ impl SimulatedSettings {
                 ("hardware", typed.hardware.clone()),
                 ("tp", typed.tp.map(|gpus| gpus.to_string())),
                 ("speed", typed.speed.map(|speed| speed.to_string())),
+                ("lost-after", typed.lost_after.map(|after| format!("{:?}", after.0))),
             ];
             let given = given.into_iter().find_map(|(name, value)| Some((name, value?)));
             return given.map_or(Ok(None), |(name, value)| Err(SimulatedError::Alone { name, value }));
@@ -91,7 +95,8 @@ impl SimulatedSettings {
                 wide => wide,
             },
         };
-        Ok(Some(Self { hardware, gpus, speed: speed(typed.speed)?, weight_dtype, kv_dtype }))
+        let lost_after = typed.lost_after.map(|after| after.0);
+        Ok(Some(Self { hardware, gpus, speed: speed(typed.speed)?, lost_after, weight_dtype, kv_dtype }))
     }
 
     /// Such as `4 x H100 SXM`.
@@ -114,8 +119,9 @@ impl SimulatedSettings {
             Some(calibration) => format!("calibrated with {}", calibration.model),
             None => "estimated from data sheets".to_owned(),
         };
+        let end = self.lost_after.map_or(String::new(), |after| format!(", and it is lost after {after:?}"));
         format!(
-            "{} is SIMULATED{speed}, its times {times}; no model is computed, answers are sentences of a fixed list",
+            "{} is SIMULATED{speed}, its times {times}{end}; no model is computed, answers are sentences of a fixed list",
             self.name()
         )
     }
@@ -224,6 +230,7 @@ pub fn load(
                 steps_at_once,
                 cost,
                 pace: simulated.pace(),
+                lost_after: simulated.lost_after,
                 answers: Arc::new(answers),
             })),
             config: config.clone(),

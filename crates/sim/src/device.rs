@@ -30,6 +30,9 @@ pub struct DeviceOptions {
     pub steps_at_once: usize,
     pub cost: CostModel,
     pub pace: Pace,
+    /// After so long, by the clock of `pace`, it is lost: the step under way and every later one fail with
+    /// [`RunnerError::Fatal`], as on a GPU that has fallen off the bus.
+    pub lost_after: Option<Duration>,
     pub answers: Arc<Answers>,
 }
 
@@ -37,6 +40,7 @@ pub struct DeviceOptions {
 pub struct SimulatedDevice {
     cost: CostModel,
     pace: Pace,
+    lost_at: Option<Duration>,
     answers: Arc<Answers>,
     chain: Chain,
     steps_at_once: usize,
@@ -54,6 +58,7 @@ impl SimulatedDevice {
     pub fn new(options: DeviceOptions) -> Self {
         Self {
             cost: options.cost,
+            lost_at: options.lost_after.map(|after| options.pace.now().saturating_add(after)),
             pace: options.pace,
             answers: options.answers,
             chain: Chain::new(options.num_blocks, options.block_size),
@@ -72,6 +77,16 @@ impl SimulatedDevice {
         let from = self.pace.now().max(self.free_at);
         self.free_at = from + self.pace.duration(seconds);
         Ok((self.free_at, output))
+    }
+
+    /// Until the step has ended, or the device is lost.
+    fn wait_until(&self, end: Duration) -> Result<(), RunnerError> {
+        let lost_at = self.lost_at.filter(|lost_at| *lost_at <= end);
+        self.pace.wait_until(lost_at.unwrap_or(end));
+        match lost_at {
+            Some(_) => Err(RunnerError::Fatal("the simulated device is lost, as it was told to be".into())),
+            None => Ok(()),
+        }
     }
 
     fn answer(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
@@ -137,7 +152,7 @@ fn answer_seed(prompt: u64, draw: &Draw) -> u64 {
 impl ModelRunner for SimulatedDevice {
     fn run(&mut self, step: &Step) -> Result<StepOutput, RunnerError> {
         let (end, output) = self.begin(step)?;
-        self.pace.wait_until(end);
+        self.wait_until(end)?;
         Ok(output)
     }
 
@@ -158,7 +173,7 @@ impl ModelRunner for SimulatedDevice {
         let Some((end, output)) = self.under_way.pop_front() else {
             return Err(RunnerError::Step("no step is under way".into()));
         };
-        self.pace.wait_until(end);
+        self.wait_until(end)?;
         Ok(output)
     }
 }

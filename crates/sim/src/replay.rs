@@ -123,6 +123,7 @@ pub fn replay(
         steps_at_once,
         cost,
         pace: Pace::Virtual(clock.clone()),
+        lost_after: None,
         answers: Arc::new(Answers::unread()),
     });
     let longest = load.input_tokens.most() + load.output_tokens.most();

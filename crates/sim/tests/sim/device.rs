@@ -42,7 +42,8 @@ fn engine(
 ) -> Engine<SimulatedDevice> {
     let (num_blocks, block_size) = (config.num_blocks, config.block_size);
     let answers = answers();
-    let options = DeviceOptions { num_blocks, block_size, steps_at_once, cost, pace, answers };
+    let options =
+        DeviceOptions { num_blocks, block_size, steps_at_once, cost, pace, lost_after: None, answers };
     Engine::new(config, SimulatedDevice::new(options)).unwrap()
 }
 
