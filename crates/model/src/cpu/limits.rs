@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use super::buffer::Buffer;
@@ -24,9 +25,25 @@ pub struct Limits {
 pub fn measure(kernels: &Kernels, bytes: usize) -> Limits {
     Limits {
         read_bytes_per_second: read_rate(kernels, bytes),
-        f32_flops_per_second: multiply_add_rate(kernels),
-        bf16_flops_per_second: bf16_rate(kernels),
+        f32_flops_per_second: multiply_add_rate(kernels, ROUNDS),
+        bf16_flops_per_second: bf16_rate(kernels, ROUNDS),
     }
+}
+
+/// Rounds of one pass of a rate: some milliseconds.
+const ROUNDS: usize = 300_000;
+
+/// Whether `vdpbf16ps` does more products a second than f32 multiply-adds: of kernels at that level. AMD's CPUs do twice
+/// as many; the Xeons that were measured do half as many, since the instruction keeps its port busy for two cycles, and
+/// there f32 is faster for many rows and no slower for one, whose time goes into reading the weights. Measured once, since
+/// the answers of all kernels of a process should be the same.
+pub(super) fn bf16_dots_pay(kernels: &Kernels) -> bool {
+    const FEW_ROUNDS: usize = 10_000;
+    static PAYS: OnceLock<bool> = OnceLock::new();
+    *PAYS.get_or_init(|| {
+        let dots = bf16_rate(kernels, FEW_ROUNDS).unwrap_or(0.0);
+        dots > multiply_add_rate(kernels, FEW_ROUNDS)
+    })
 }
 
 /// The best rate over windows of a buffer: short, so that some of them go undisturbed on a machine that
@@ -51,8 +68,7 @@ fn read_rate(kernels: &Kernels, bytes: usize) -> f64 {
     (WINDOW * PART) as f64 / seconds
 }
 
-fn multiply_add_rate(kernels: &Kernels) -> f64 {
-    const ROUNDS: usize = 300_000;
+fn multiply_add_rate(kernels: &Kernels, rounds: usize) -> f64 {
     struct Lanes;
     impl Operation for Lanes {
         type Output = usize;
@@ -62,31 +78,30 @@ fn multiply_add_rate(kernels: &Kernels) -> f64 {
         }
     }
     let lanes = kernels.level().run(Lanes);
-    let flops = ROUNDS * CHAINS * lanes * 2;
-    rate(kernels, flops, &|| kernels.level().run(MultiplyAdd(black_box(ROUNDS))))
+    let flops = rounds * CHAINS * lanes * 2;
+    rate(kernels, flops, &|| kernels.level().run(MultiplyAdd(black_box(rounds))))
 }
 
 #[cfg(target_arch = "x86_64")]
-fn bf16_rate(kernels: &Kernels) -> Option<f64> {
+fn bf16_rate(kernels: &Kernels, rounds: usize) -> Option<f64> {
     use super::matmul::{amx, bf16_dot};
-    const ROUNDS: usize = 100_000;
     match kernels.level() {
         Level::Plain | Level::Avx2 | Level::Avx512 => None,
         Level::Avx512Bf16 => {
             // SAFETY: `Kernels` holds only levels that were detected.
-            let work = || unsafe { bf16_dot::rate(black_box(ROUNDS)) };
-            Some(rate(kernels, ROUNDS * bf16_dot::ROUND_FLOPS, &work))
+            let work = || unsafe { bf16_dot::rate(black_box(rounds)) };
+            Some(rate(kernels, rounds * bf16_dot::ROUND_FLOPS, &work))
         }
         Level::Amx => {
             // SAFETY: as above.
-            let work = || unsafe { amx::rate(black_box(ROUNDS)) };
-            Some(rate(kernels, ROUNDS * amx::ROUND_FLOPS, &work))
+            let work = || unsafe { amx::rate(black_box(rounds)) };
+            Some(rate(kernels, rounds * amx::ROUND_FLOPS, &work))
         }
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn bf16_rate(_: &Kernels) -> Option<f64> {
+fn bf16_rate(_: &Kernels, _: usize) -> Option<f64> {
     None
 }
 
