@@ -400,6 +400,7 @@ fn text(fit: &Fit, points: &[Point], checks: &[Point], hardware: &str) -> String
     ];
     let seconds = [
         ("alpha", "of a step", found.step_seconds),
+        ("omega", "of reading the weights, behind which tokens are hidden", found.weights_seconds),
         ("beta", "of a decoding sequence", found.decode_seconds),
         ("gamma", "of a token of its context", found.context_token_seconds),
         ("zeta", "of a step with prompts", found.prefill_step_seconds),
@@ -490,6 +491,7 @@ mod tests {
                 model: "m".into(),
                 gpus: 1,
                 step_seconds: 0.02,
+                weights_seconds: 0.0,
                 decode_seconds: 0.0,
                 context_token_seconds: 0.0,
                 prefill_step_seconds: 0.0,

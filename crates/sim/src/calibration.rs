@@ -1,7 +1,9 @@
-//! Six coefficients in place of a data sheet, fitted to measured points of a server: [`fit`].
+//! A few coefficients in place of a data sheet, fitted to measured points of a server: [`fit`].
 //!
 //! A step takes `alpha + beta * B + gamma * context` and, if it computes prompts, `zeta`, `delta` a token and `epsilon` a
-//! pair of tokens (the curve of prefill). B is the number of decoding sequences, context the sum of theirs.
+//! pair of tokens (the curve of prefill). B is the number of decoding sequences, context the sum of theirs. What the
+//! tokens take, `beta * B + delta * P` with P tokens of prompts, is at least `omega`: the weights are read meanwhile, and
+//! until there are enough tokens that takes longer (the roofline; Williams, Waterman and Patterson 2009).
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +19,9 @@ pub struct Calibration {
     pub gpus: u32,
     /// alpha: of every step.
     pub step_seconds: f64,
+    /// omega: of reading the weights, behind which tokens are hidden until they take longer.
+    #[serde(default)]
+    pub weights_seconds: f64,
     /// beta: of each sequence that decodes.
     pub decode_seconds: f64,
     /// gamma: of each token of context of those sequences.
@@ -49,6 +54,7 @@ impl Calibration {
     pub fn validate(&self) -> Result<(), CalibrationError> {
         let seconds = [
             ("step_seconds", self.step_seconds),
+            ("weights_seconds", self.weights_seconds),
             ("decode_seconds", self.decode_seconds),
             ("context_token_seconds", self.context_token_seconds),
             ("prefill_step_seconds", self.prefill_step_seconds),
@@ -72,11 +78,12 @@ impl Calibration {
             return 0.0;
         }
         let prompts = if prefill.new_tokens > 0 { self.prefill_step_seconds } else { 0.0 };
+        let tokens = decode.new_tokens as f64 * self.decode_seconds
+            + prefill.new_tokens as f64 * self.prefill_token_seconds;
         self.step_seconds
             + prompts
-            + decode.new_tokens as f64 * self.decode_seconds
+            + tokens.max(self.weights_seconds)
             + decode.context_tokens as f64 * self.context_token_seconds
-            + prefill.new_tokens as f64 * self.prefill_token_seconds
             + prefill.pairs * self.prefill_pair_seconds
     }
 }

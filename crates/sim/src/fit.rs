@@ -4,6 +4,8 @@
 //! the same load is known from a replay over the real engine in virtual time, waves of requests that end together
 //! and waits in the queue included. So the coefficients are those whose replays come closest to what was measured:
 //! least squares of the relative errors, none of them negative, by Gauss-Newton from a first guess without a replay.
+//! Omega, behind which tokens are hidden, is tried at a few shares of the least TPOT, since what it does is not linear; it
+//! stays 0 unless it explains much.
 //!
 //! A coefficient that the points cannot tell from others stays at 0 and is named in [`Fit::unseen`].
 
@@ -98,6 +100,17 @@ const EPSILON: usize = 6;
 
 type Row = [f64; COEFFICIENTS];
 
+/// What a replay takes: the coefficients, and omega.
+#[derive(Clone, Copy)]
+struct Guess {
+    coefficients: Row,
+    weights_seconds: f64,
+}
+
+/// Of the least TPOT, what is tried for omega.
+const SHARES: [f64; 6] = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9];
+/// Of the squares without omega, what has to be left with it.
+const MOST_LEFT: f64 = 0.7;
 /// Improvements of the first guess, and of the fit without a point that starts from the fit with it.
 const ROUNDS: usize = 8;
 const HELD_OUT_ROUNDS: usize = 3;
@@ -162,21 +175,20 @@ pub fn fit(target: &Target, points: &[Point], checks: &[Point]) -> Result<Fit, F
     }
     points.iter().chain(checks).try_for_each(check)?;
     let all: Vec<&Point> = points.iter().collect();
-    let search = Search { target, points: &all };
-    let found = search.improve(first_guess(target, points), ROUNDS)?;
+    let found = Search { target, points: &all }.best()?;
     let mut held_out = Vec::new();
     if points.len() > LEAST_POINTS {
         for point in points {
             let others: Vec<&Point> = points.iter().filter(|other| *other != point).collect();
-            let found = Search { target, points: &others }.improve(found.coefficients, HELD_OUT_ROUNDS)?;
-            held_out.push(target.errors(&found.coefficients, point)?);
+            let found = Search { target, points: &others }.improve(found.guess, HELD_OUT_ROUNDS)?;
+            held_out.push(target.errors(&found.guess, point)?);
         }
     }
     let errors = |points: &[Point]| -> Result<Vec<Errors>, ConfigError> {
-        points.iter().map(|point| target.errors(&found.coefficients, point)).collect()
+        points.iter().map(|point| target.errors(&found.guess, point)).collect()
     };
     Ok(Fit {
-        calibration: target.calibration(&found.coefficients),
+        calibration: target.calibration(&found.guess),
         unseen: (0..COEFFICIENTS).filter(|index| !found.seen[*index]).map(|index| NAMES[index]).collect(),
         errors: errors(points)?,
         held_out,
@@ -214,11 +226,12 @@ fn check(point: &Point) -> Result<(), FitError> {
 }
 
 impl Target {
-    fn calibration(&self, coefficients: &Row) -> Calibration {
+    fn calibration(&self, Guess { coefficients, weights_seconds }: &Guess) -> Calibration {
         Calibration {
             model: self.model.clone(),
             gpus: self.gpus,
             step_seconds: coefficients[ALPHA],
+            weights_seconds: *weights_seconds,
             decode_seconds: coefficients[BETA],
             context_token_seconds: coefficients[GAMMA],
             prefill_step_seconds: coefficients[ZETA],
@@ -229,8 +242,8 @@ impl Target {
     }
 
     /// What would have been measured at the load of `point`.
-    fn predict(&self, coefficients: &Row, point: &Point) -> Result<Predicted, ConfigError> {
-        let calibration = self.calibration(coefficients);
+    fn predict(&self, guess: &Guess, point: &Point) -> Result<Predicted, ConfigError> {
+        let calibration = self.calibration(guess);
         let config = EngineConfig {
             block_size: BLOCK_SIZE,
             num_blocks: self.kv_tokens.div_ceil(BLOCK_SIZE).max(1),
@@ -251,8 +264,8 @@ impl Target {
         })
     }
 
-    fn errors(&self, coefficients: &Row, point: &Point) -> Result<Errors, ConfigError> {
-        let predicted = self.predict(coefficients, point)?;
+    fn errors(&self, guess: &Guess, point: &Point) -> Result<Errors, ConfigError> {
+        let predicted = self.predict(guess, point)?;
         // By Little's law: the replay is shorter than the benchmark, so that its beginning and end count for more.
         let residence = |ttft: f64, tpot: f64| ttft + (point.output_tokens.mean - 1.0) * tpot;
         let requests_per_second = match point.arrivals {
@@ -334,7 +347,7 @@ impl Point {
 }
 
 /// From TPOT as it would be if prompts came evenly, and TTFT as it is with nobody else there.
-fn first_guess(target: &Target, points: &[Point]) -> Row {
+fn first_guess(target: &Target, points: &[&Point]) -> Row {
     let mut rows: Vec<(Row, f64)> = Vec::new();
     for point in points {
         // Divided by what was measured: relative errors count alike.
@@ -352,10 +365,11 @@ fn first_guess(target: &Target, points: &[Point]) -> Row {
     least_squares(&rows, independent(&rows, LEAST_NEW_PART))
 }
 
-/// Coefficients and which of them the points tell apart.
+/// Coefficients, which of them the points tell apart, and the sum of the squares that they leave.
 struct Found {
-    coefficients: Row,
+    guess: Guess,
     seen: [bool; COEFFICIENTS],
+    squares: f64,
 }
 
 struct Search<'a> {
@@ -364,35 +378,54 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
+    /// From a first guess, with omega if that explains much.
+    fn best(&self) -> Result<Found, ConfigError> {
+        let coefficients = first_guess(self.target, self.points);
+        let without = self.improve(Guess { coefficients, weights_seconds: 0.0 }, ROUNDS)?;
+        let least_tpot = self.points.iter().map(|point| point.tpot_seconds).fold(f64::INFINITY, f64::min);
+        let mut best: Option<Found> = None;
+        for share in SHARES {
+            let mut start = Guess { weights_seconds: share * least_tpot, ..without.guess };
+            // Whoever is alone waits as long as before.
+            let alone = start.coefficients[ALPHA] + start.coefficients[BETA];
+            start.coefficients[ALPHA] = (alone - start.weights_seconds).max(0.0);
+            let found = self.improve(start, HELD_OUT_ROUNDS)?;
+            if best.as_ref().is_none_or(|best| found.squares < best.squares) {
+                best = Some(found);
+            }
+        }
+        Ok(best.filter(|best| best.squares < MOST_LEFT * without.squares).unwrap_or(without))
+    }
+
     /// Gauss-Newton: what each coefficient does is taken as linear, the best coefficients follow, and once more.
-    fn improve(&self, start: Row, rounds: usize) -> Result<Found, ConfigError> {
-        let mut found = Found { coefficients: start, seen: [true; COEFFICIENTS] };
+    fn improve(&self, start: Guess, rounds: usize) -> Result<Found, ConfigError> {
         let mut predicted = self.relative(&start)?;
+        let mut found = Found { guess: start, seen: [true; COEFFICIENTS], squares: squares(&predicted) };
         for round in 0..rounds {
-            let rows = self.linear(&found.coefficients, &predicted)?;
+            let rows = self.linear(&found.guess, &predicted)?;
             if round == 0 {
                 found.seen = independent(&rows, LEAST_NEW_PART);
             }
             let wanted = least_squares(&rows, found.seen);
-            let before = squares(&predicted);
-            let Some((better, figures)) = self.towards(&found.coefficients, &wanted, before)? else { break };
-            let gain = 1.0 - squares(&figures) / before;
-            (found.coefficients, predicted) = (better, figures);
+            let Some((better, figures)) = self.towards(&found.guess, &wanted, found.squares)? else { break };
+            let left = squares(&figures);
+            let gain = 1.0 - left / found.squares;
+            (found.guess.coefficients, predicted, found.squares) = (better, figures, left);
             if gain < LEAST_GAIN {
                 break;
             }
         }
         for index in (0..COEFFICIENTS).filter(|index| !found.seen[*index]) {
-            found.coefficients[index] = 0.0;
+            found.guess.coefficients[index] = 0.0;
         }
         Ok(found)
     }
 
     /// Predicted over measured: TPOT and TTFT of each point.
-    fn relative(&self, coefficients: &Row) -> Result<Vec<f64>, ConfigError> {
+    fn relative(&self, guess: &Guess) -> Result<Vec<f64>, ConfigError> {
         let mut relative = Vec::new();
         for point in self.points {
-            let predicted = self.target.predict(coefficients, point)?;
+            let predicted = self.target.predict(guess, point)?;
             relative.push(predicted.tpot_seconds / point.tpot_seconds);
             relative.push(predicted.ttft_seconds / point.ttft_seconds);
         }
@@ -400,18 +433,18 @@ impl Search<'_> {
     }
 
     /// One equation for each figure: what the coefficients must make of it for the prediction to be right.
-    fn linear(&self, at: &Row, predicted: &[f64]) -> Result<Vec<(Row, f64)>, ConfigError> {
+    fn linear(&self, at: &Guess, predicted: &[f64]) -> Result<Vec<(Row, f64)>, ConfigError> {
         let mut rows: Vec<(Row, f64)> =
             predicted.iter().map(|value| ([0.0; COEFFICIENTS], 1.0 - value)).collect();
         for index in (0..COEFFICIENTS).filter(|index| *index != TAU || self.target.is_remote) {
             let by = self.probe(index);
             let mut moved = *at;
-            moved[index] += by;
+            moved.coefficients[index] += by;
             for ((row, wanted), (after, before)) in
                 rows.iter_mut().zip(self.relative(&moved)?.iter().zip(predicted))
             {
                 row[index] = (after - before) / by;
-                *wanted += row[index] * at[index];
+                *wanted += row[index] * at.coefficients[index];
             }
         }
         Ok(rows)
@@ -430,11 +463,20 @@ impl Search<'_> {
     }
 
     /// All the way to `wanted`, or as much of it as makes things better.
-    fn towards(&self, from: &Row, wanted: &Row, before: f64) -> Result<Option<(Row, Vec<f64>)>, ConfigError> {
+    fn towards(
+        &self,
+        from: &Guess,
+        wanted: &Row,
+        before: f64,
+    ) -> Result<Option<(Row, Vec<f64>)>, ConfigError> {
         let mut share = 1.0;
         for _ in 0..5 {
-            let there: Row = std::array::from_fn(|index| from[index] + share * (wanted[index] - from[index]));
-            let figures = self.relative(&there)?;
+            let between = |index: usize| {
+                let at = from.coefficients[index];
+                at + share * (wanted[index] - at)
+            };
+            let there: Row = std::array::from_fn(between);
+            let figures = self.relative(&Guess { coefficients: there, ..*from })?;
             if squares(&figures) < before {
                 return Ok(Some((there, figures)));
             }
