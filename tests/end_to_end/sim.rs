@@ -194,9 +194,10 @@ async fn a_benchmark_becomes_a_profile_that_serves() {
     let (code, out, error) = run(servelab(&calibrate));
     assert!(code == 0, "{out}{error}");
     let fit: Value = serde_json::from_str(&out).unwrap();
-    assert!(fit["calibration"]["step_seconds"].as_f64().unwrap() > 4e-3, "{fit}");
+    // Most of a step goes into reading 16 GB at 3.35 TB/s, and the fit says so.
+    assert!(fit["calibration"]["weights_seconds"].as_f64().unwrap() > 4e-3, "{fit}");
     for errors in fit["errors"].as_array().unwrap() {
-        assert!(errors["tpot"].as_f64().unwrap().abs() < 0.2, "{fit}");
+        assert!(errors["tpot"].as_f64().unwrap().abs() < 0.05, "{fit}");
     }
     let (code, table, error) =
         run(servelab(&["sim", "calibrate", &result, "--hardware", "h100", "--overlap"]));
