@@ -211,8 +211,8 @@ pub struct Typed {
     /// the server [default: 1].
     #[arg(long, value_name = "FACTOR", help_heading = "Simulated device")]
     pub speed: Option<f64>,
-    /// With --device sim: the device is lost so long after the model is there, as a GPU that falls off the bus: what it
-    /// computes ends with an error, and the server exits with 1 [default: never].
+    /// With --device sim: the device is lost so long after the model is there, as a GPU that falls off the bus: whoever
+    /// asks from then on gets an error, and the server exits with 1 [default: never].
     #[arg(long, value_name = "TIME", help_heading = "Simulated device")]
     pub lost_after: Option<TimeSpan>,
 

@@ -409,8 +409,12 @@ fn text(fit: &Fit, points: &[Point], checks: &[Point], hardware: &str) -> String
         ("tau", "of a request, outside of steps", found.request_seconds),
     ];
     for (name, what, seconds) in seconds {
-        let unseen = if fit.unseen.contains(&name) { ", which the points do not tell" } else { "" };
-        lines.push(format!("  {name:8} {:>12}  {what}{unseen}", in_words(seconds)));
+        let remark = match name {
+            "omega" if seconds == 0.0 => ", which the points do not need",
+            name if fit.unseen.contains(&name) => ", which the points do not tell",
+            _ => "",
+        };
+        lines.push(format!("  {name:8} {:>12}  {what}{remark}", in_words(seconds)));
     }
     lines.push(String::new());
     lines.push(format!(

@@ -54,7 +54,7 @@ impl MetricsServer {
         }
     }
 
-    /// `None` for a pod that has not been looked at twice.
+    /// `None` for a pod that has neither been looked at twice nor been at the right age for a single look.
     pub fn usage(&self, pod: PodId) -> Option<CpuUsage> {
         let Looks { last, before, .. } = self.looks.get(&pod)?;
         let before = before.as_ref()?;

@@ -59,7 +59,7 @@ pub struct Fit {
     pub unseen: Vec<&'static str>,
     /// Of each point with the fit to all of them.
     pub errors: Vec<Errors>,
-    /// Of each point with the fit to all the others; empty if those are too few.
+    /// Of each point with the fit to all the others, omega apart, which is that of all; empty if those are too few.
     pub held_out: Vec<Errors>,
     /// Of each point that was given to be predicted only.
     pub checked: Vec<Errors>,
@@ -108,12 +108,14 @@ struct Guess {
 }
 
 /// Of the least TPOT, what is tried for omega.
-const SHARES: [f64; 6] = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9];
-/// Of the squares without omega, what has to be left with it.
-const MOST_LEFT: f64 = 0.7;
-/// Improvements of the first guess, and of the fit without a point that starts from the fit with it.
+const OMEGA_SHARES: [f64; 6] = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9];
+/// Omega has to leave no more than this part of the squares. Where the mean error without it is below the second figure,
+/// all that is left is noise.
+const MOST_SQUARES_LEFT: f64 = 0.7;
+const LEAST_ERROR: f64 = 0.02;
+/// Improvements of the first guess, and of one that comes from a fit.
 const ROUNDS: usize = 8;
-const HELD_OUT_ROUNDS: usize = 3;
+const ROUNDS_FROM_A_FIT: usize = 3;
 /// A round that brings less ends the search.
 const LEAST_GAIN: f64 = 0.02;
 /// A coefficient is moved by what changes TPOT or TTFT about as much, to see what it does.
@@ -180,7 +182,7 @@ pub fn fit(target: &Target, points: &[Point], checks: &[Point]) -> Result<Fit, F
     if points.len() > LEAST_POINTS {
         for point in points {
             let others: Vec<&Point> = points.iter().filter(|other| *other != point).collect();
-            let found = Search { target, points: &others }.improve(found.guess, HELD_OUT_ROUNDS)?;
+            let found = Search { target, points: &others }.improve(found.guess, ROUNDS_FROM_A_FIT)?;
             held_out.push(target.errors(&found.guess, point)?);
         }
     }
@@ -382,19 +384,26 @@ impl Search<'_> {
     fn best(&self) -> Result<Found, ConfigError> {
         let coefficients = first_guess(self.target, self.points);
         let without = self.improve(Guess { coefficients, weights_seconds: 0.0 }, ROUNDS)?;
+        let noise = LEAST_ERROR.powi(2) * 2.0 * self.points.len() as f64;
+        if self.points.len() == LEAST_POINTS || without.squares < noise {
+            return Ok(without);
+        }
         let least_tpot = self.points.iter().map(|point| point.tpot_seconds).fold(f64::INFINITY, f64::min);
         let mut best: Option<Found> = None;
-        for share in SHARES {
+        for share in OMEGA_SHARES {
             let mut start = Guess { weights_seconds: share * least_tpot, ..without.guess };
+            let [alpha, beta] = [ALPHA, BETA].map(|index| start.coefficients[index]);
             // Whoever is alone waits as long as before.
-            let alone = start.coefficients[ALPHA] + start.coefficients[BETA];
-            start.coefficients[ALPHA] = (alone - start.weights_seconds).max(0.0);
-            let found = self.improve(start, HELD_OUT_ROUNDS)?;
+            start.coefficients[ALPHA] = (alpha + beta - start.weights_seconds.max(beta)).max(0.0);
+            let found = self.improve(start, ROUNDS_FROM_A_FIT)?;
             if best.as_ref().is_none_or(|best| found.squares < best.squares) {
                 best = Some(found);
             }
         }
-        Ok(best.filter(|best| best.squares < MOST_LEFT * without.squares).unwrap_or(without))
+        match best.filter(|best| best.squares < MOST_SQUARES_LEFT * without.squares) {
+            Some(best) => self.improve(best.guess, ROUNDS),
+            None => Ok(without),
+        }
     }
 
     /// Gauss-Newton: what each coefficient does is taken as linear, the best coefficients follow, and once more.
@@ -418,6 +427,7 @@ impl Search<'_> {
         for index in (0..COEFFICIENTS).filter(|index| !found.seen[*index]) {
             found.guess.coefficients[index] = 0.0;
         }
+        found.squares = squares(&self.relative(&found.guess)?);
         Ok(found)
     }
 

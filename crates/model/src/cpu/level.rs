@@ -9,7 +9,7 @@ use super::simd::{Avx2, Avx512};
 use super::simd::{Operation, Plain, Simd};
 use super::threads::ThreadPool;
 
-/// A set of instructions, from the most portable to the fastest.
+/// A set of instructions, from the most portable on; each has those of the ones before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Level {
     /// Plain Rust.
@@ -18,14 +18,15 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL; bf16 weights are widened to f32 in registers.
     Avx512,
-    /// The same, and products with bf16 weights round the activations to bf16 (`vdpbf16ps`).
+    /// The same, and products with bf16 weights round the activations to bf16 (`vdpbf16ps`). Not faster on every CPU: see
+    /// [`Kernels::select`].
     Avx512Bf16,
     /// The same, with products in AMX tiles (`tdpbf16ps`).
     Amx,
 }
 
 impl Level {
-    /// All levels, the fastest first.
+    /// All levels, the most portable last.
     pub const ALL: [Self; 5] = [Self::Amx, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Plain];
 
     pub fn name(self) -> &'static str {
@@ -158,9 +159,8 @@ pub struct Kernels {
 pub struct LevelUnavailable(pub &'static str);
 
 impl Kernels {
-    /// The fastest level that this CPU has and that agrees with plain loops on a small problem
-    /// (microseconds), with `threads` threads; `vdpbf16ps` only where it is faster than f32, which is measured once
-    /// (milliseconds). The strings say which levels were passed over because they
+    /// The fastest level that this CPU has and that agrees with plain loops on a small problem (microseconds), with
+    /// `threads` threads; `vdpbf16ps` only where it is faster than f32, which is measured once (milliseconds). The strings say which levels were passed over because they
     /// disagreed, for the log; normally there are none.
     pub fn select(threads: usize) -> (Self, Vec<String>) {
         let mut kernels = Self::build(Level::Plain, threads);
@@ -168,7 +168,9 @@ impl Kernels {
         for level in Level::ALL.into_iter().filter(|level| level.is_available()) {
             kernels.level = level;
             match super::self_check::check(&kernels) {
-                Ok(()) if level == Level::Avx512Bf16 && !super::limits::bf16_dots_pay(&kernels) => {}
+                Ok(()) if level == Level::Avx512Bf16 && !super::limits::bf16_dots_pay(threads) => {
+                    tracing::info!("{} kernels not used: f32 is faster on this CPU", level.name());
+                }
                 Ok(()) => break,
                 Err(reason) => passed_over.push(format!("{} kernels not used: {reason}", level.name())),
             }

@@ -33,16 +33,18 @@ pub fn measure(kernels: &Kernels, bytes: usize) -> Limits {
 /// Rounds of one pass of a rate: some milliseconds.
 const ROUNDS: usize = 300_000;
 
-/// Whether `vdpbf16ps` does more products a second than f32 multiply-adds: of kernels at that level. AMD's CPUs do twice
-/// as many; the Xeons that were measured do half as many, since the instruction keeps its port busy for two cycles, and
-/// there f32 is faster for many rows and no slower for one, whose time goes into reading the weights. Measured once, since
-/// the answers of all kernels of a process should be the same.
-pub(super) fn bf16_dots_pay(kernels: &Kernels) -> bool {
+/// Whether `vdpbf16ps` does clearly more products a second than f32 multiply-adds, on a CPU that has it. On the EPYC that
+/// was measured it does twice as many, on the Xeon half as many: there f32 is faster for many rows, and no slower for one,
+/// whose time goes into reading the weights. Measured once, since all kernels of a process should give the same answers,
+/// and far from both figures, since those of two processes should.
+pub(super) fn bf16_dots_pay(threads: usize) -> bool {
     const FEW_ROUNDS: usize = 10_000;
+    const LEAST_RATIO: f64 = 1.2;
     static PAYS: OnceLock<bool> = OnceLock::new();
     *PAYS.get_or_init(|| {
-        let dots = bf16_rate(kernels, FEW_ROUNDS).unwrap_or(0.0);
-        dots > multiply_add_rate(kernels, FEW_ROUNDS)
+        let Ok(kernels) = Kernels::with_level(Level::Avx512Bf16, threads) else { return false };
+        let dots = bf16_rate(&kernels, FEW_ROUNDS).unwrap_or(0.0);
+        dots > LEAST_RATIO * multiply_add_rate(&kernels, FEW_ROUNDS)
     })
 }
 

@@ -116,7 +116,7 @@ fn ceil(value: f64) -> u32 {
 }
 
 /// In whole thousandths, as the metric APIs carry a value and its target (`GenerateMetricInMili` and
-/// `GetMetricTargetMili` of KEDA, `MilliValue` of a Quantity). What is not a number is 0.
+/// `GetMetricTargetMili` of KEDA; prometheus-adapter does the same). What is not a number is 0.
 pub fn thousandths(value: f64) -> f64 {
     if value.is_nan() { 0.0 } else { (value * 1000.0).trunc() }
 }
@@ -153,7 +153,7 @@ pub struct CpuGroups {
 pub fn group_pods(now: Duration, pods: &[CpuPod]) -> CpuGroups {
     let mut groups = CpuGroups::default();
     for pod in pods {
-        match pod.usage.filter(|_| pod.is_running) {
+        match pod.usage {
             _ if !pod.is_running => groups.unready += 1,
             None => groups.missing += 1,
             Some(usage) if is_unready(now, pod, usage) => groups.unready += 1,
@@ -173,7 +173,7 @@ fn is_unready(now: Duration, pod: &CpuPod, usage: CpuUsage) -> bool {
     }
 }
 
-/// `GetResourceReplicas` of the CPU. `None` if no pod counts.
+/// `GetResourceReplicas` of the CPU. `None` without any value.
 pub fn resource_replicas(current: u32, cpu: &CpuGroups, target: f64, tolerances: Tolerances) -> Option<u32> {
     let CpuGroups { percents, unready, missing } = cpu;
     let without = Without { unready: *unready, missing: *missing, assumed: target.max(100.0) };
@@ -221,7 +221,8 @@ fn each_pod(
     let ratio_of = |sum: f64, pods: f64| (sum / pods).trunc() / target;
     let ratio = ratio_of(sum, known);
     let unready = if ratio > 1.0 { without.unready } else { 0 };
-    if unready == 0 && without.missing == 0 {
+    // At exactly the target nothing is known of what a missing pod would change.
+    if unready == 0 && (without.missing == 0 || ratio == 1.0) {
         return Some(if tolerances.holds(ratio) { current } else { ceil(ratio * known) });
     }
     let missing = f64::from(without.missing);

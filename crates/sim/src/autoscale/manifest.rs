@@ -384,19 +384,24 @@ enum Quantity {
 }
 
 impl Quantity {
-    /// The suffixes of Kubernetes' decimal quantities, as far as they are usual for counts.
-    fn value(&self) -> Option<f64> {
-        let text = match self {
-            Self::Number(number) => return Some(*number),
-            Self::Text(text) => text,
+    /// In thousandths, rounded up (`Quantity.MilliValue`); the suffixes of Kubernetes' decimal quantities, as far as they
+    /// are usual for counts.
+    fn thousandths(&self) -> Option<f64> {
+        /// What a decimal fraction may be off as a binary one.
+        const ROUNDING: f64 = 1e-9;
+        let (number, factor) = match self {
+            Self::Number(number) => (*number, 1e3),
+            Self::Text(text) => {
+                let (number, factor) = match text.strip_suffix(['m', 'k', 'M']) {
+                    Some(number) if text.ends_with('m') => (number, 1.0),
+                    Some(number) if text.ends_with('k') => (number, 1e6),
+                    Some(number) => (number, 1e9),
+                    None => (text.as_str(), 1e3),
+                };
+                (number.parse().ok()?, factor)
+            }
         };
-        let (number, factor) = match text.strip_suffix(['m', 'k', 'M']) {
-            Some(number) if text.ends_with('m') => (number, 1e-3),
-            Some(number) if text.ends_with('k') => (number, 1e3),
-            Some(number) => (number, 1e6),
-            None => (text.as_str(), 1.0),
-        };
-        Some(factor * number.parse::<f64>().ok()?)
+        Some((factor * number * (1.0 - ROUNDING)).ceil())
     }
 }
 
@@ -705,7 +710,8 @@ fn metric(at: usize, typed: TypedMetric, adapter: &Adapter) -> Result<Trigger, M
             }
         }
         ("Pods", None, Some(pods)) => {
-            let average = pods.target.average_value.and_then(|quantity| quantity.value());
+            let average = pods.target.average_value.and_then(|quantity| quantity.thousandths());
+            let average = average.map(|thousandths| thousandths / 1000.0);
             match (pods.target.kind, average) {
                 (MetricType::AverageValue, Some(average)) if average >= LEAST_TARGET => {
                     TriggerKind::Pods { query: adapter.query(&pods.metric.name)?, average }
