@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The same workload run for real and simulated: how far `servelab sim` is off on this machine.
 
-    benches/fidelity/compare.py [OUT_FOLDER] [--models NAME=RATE,.. ..] [--rounds N] [--seconds S] [--debug]
+    benches/fidelity/compare.py [OUT_FOLDER] [--models NAME=RATE,.. ..] [--rounds N] [--level-rounds N] [--seconds S]
+                                [--debug]
 
 For each model two replicas of one thread each are started, the demo checkpoint or random weights in the model's shape, and
 a router before them. A round measures, one after the other:
@@ -15,7 +16,8 @@ Then `servelab sim calibrate` fits one profile to the first levels of all rounds
 not seen. What the one client waits longer than that profile says is the network's time: the router, and threads that
 sleep before a request comes. With both `servelab sim` runs the requests of each rate over two simulated replicas. Rounds that are short and
 many, since a machine that others use as well changes its pace between one minute and the next: calibration and what it is
-held against are to meet the same of it. A figure that was measured is the median over the rounds.
+held against are to meet the same of it. A figure that was measured is the median over the rounds. Levels of a few
+milliseconds differ by half between rounds: --level-rounds has more rounds of step 1 alone.
 
 OUT_FOLDER (default benches/results/fidelity) gets compare.json and compare.md. Ends by itself, in about twenty-five minutes by
 default.
@@ -47,6 +49,7 @@ def parse():
     parser.add_argument("--models", nargs="+", default=["smollm2-135m=1,2", "demo=20,40"],
                         help="each with requests a second over both replicas, below saturation")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--level-rounds", type=int, default=0, help="of step 1; at least --rounds")
     parser.add_argument("--seconds", type=float, default=6, help="of each level; a rate has three times that")
     parser.add_argument("--debug", action="store_true", help="take the debug build, to try this program itself")
     return parser.parse_args()
@@ -124,9 +127,11 @@ def measure(options, model, rates, scratch):
         route = [options.servelab, "route", "--port", "0", *(part for url in replicas for part in ("--replica", url))]
         router, url = ready(route)
         running.append(router)
-        for number in range(options.rounds):
+        for number in range(max(options.rounds, options.level_rounds)):
             fitted += levels(options, replicas, LEVELS, scratch / f"{model}-{number}-levels")
             checked += levels(options, replicas, CHECKS, scratch / f"{model}-{number}-checks")
+            if number >= options.rounds:
+                continue
             alone.append(really(options, url, "--concurrency", 1, *PAUSES))
             rounds.append({rate: really(options, url, "--rate", rate) for rate in rates})
             print(model, number + 1, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
@@ -138,7 +143,7 @@ def measure(options, model, rates, scratch):
     expected = simulated(options, profile, model, "--users", 1, *PAUSES)["ttft_ms"]
     network_ms = max(0, statistics.median(figures["ttft_ms"] for figures in alone) - expected)
     network = ["--network-time", f"{network_ms:.3f}ms"]
-    return {"fit": fit, "alone": alone, "network_ms": network_ms, "real": rounds,
+    return {"fit": fit, "level_rounds": len(fitted) // len(replicas), "alone": alone, "network_ms": network_ms, "real": rounds,
             "simulated": {rate: simulated(options, profile, model, "--rate", rate, *network) for rate in rates}}
 
 
@@ -169,7 +174,8 @@ def render(result):
                 lines.append(f"| {model} | {rate} | {name} | {real} | {cell['simulated']:.1f} | {percent(cell['error'])} |")
     waits = ", ".join(f"{found['network_ms']:.1f} ms ({model})" for model, found in result["models"].items())
     lines += ["", f"The network's time, by which a client alone waits longer: {waits}."]
-    lines += ["", "The means of levels of load that the calibration has not seen:", "",
+    rounds = ", ".join(f"{found['level_rounds']} of {model}" for model, found in result["models"].items())
+    lines += ["", f"The means of levels of load that the calibration has not seen, rounds {rounds}:", "",
               "| model | clients | TTFT | TPOT | requests/s |", "| --- | --- | --- | --- | --- |"]
     for model, found in result["models"].items():
         for clients, errors in zip(CHECKS.split(","), found["fit"]["checked"]):
