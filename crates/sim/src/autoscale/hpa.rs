@@ -181,7 +181,7 @@ pub fn resource_replicas(current: u32, cpu: &CpuGroups, target: f64, tolerances:
 }
 
 /// `GetMetricReplicas` (Pods metrics): of a value of each pod. `pending`: pods whose container has not begun; `missing`:
-/// those that run and have no value. `None` without any value.
+/// those that run and have no value; `target`: in thousandths, as its Quantity says it. `None` without any value.
 pub fn pods_replicas(
     current: u32,
     values: &[f64],
@@ -191,7 +191,6 @@ pub fn pods_replicas(
     tolerances: Tolerances,
 ) -> Option<u32> {
     let values: Vec<f64> = values.iter().copied().map(thousandths).collect();
-    let target = thousandths(target);
     each_pod(current, &values, Without { unready: pending, missing, assumed: target }, target, tolerances)
 }
 

@@ -107,7 +107,7 @@ pub enum TriggerKind {
     Cpu {
         utilization: f64,
     },
-    /// A metric of each pod, which its label `pod` names, and how much of it each may have on average.
+    /// A metric of each pod, which its label `pod` names, and how much of it each may have on average, in thousandths.
     Pods {
         query: Query,
         average: f64,
@@ -388,7 +388,7 @@ impl Quantity {
     /// are usual for counts.
     fn thousandths(&self) -> Option<f64> {
         /// What a decimal fraction may be off as a binary one.
-        const ROUNDING: f64 = 1e-9;
+        const ROUNDING: f64 = 1e-12;
         let (number, factor) = match self {
             Self::Number(number) => (*number, 1e3),
             Self::Text(text) => {
@@ -711,9 +711,8 @@ fn metric(at: usize, typed: TypedMetric, adapter: &Adapter) -> Result<Trigger, M
         }
         ("Pods", None, Some(pods)) => {
             let average = pods.target.average_value.and_then(|quantity| quantity.thousandths());
-            let average = average.map(|thousandths| thousandths / 1000.0);
             match (pods.target.kind, average) {
-                (MetricType::AverageValue, Some(average)) if average >= LEAST_TARGET => {
+                (MetricType::AverageValue, Some(average)) if average >= 1.0 => {
                     TriggerKind::Pods { query: adapter.query(&pods.metric.name)?, average }
                 }
                 _ => {
@@ -730,4 +729,26 @@ fn metric(at: usize, typed: TypedMetric, adapter: &Adapter) -> Result<Trigger, M
         }
     };
     Ok(Trigger { name: format!("s{at}"), kind, is_cached: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantities_are_thousandths_rounded_up() {
+        for (text, thousandths) in [
+            ("4", 4e3),
+            ("4007m", 4007.0),
+            ("1.001", 1001.0),
+            ("0.0015", 2.0),
+            ("0", 0.0),
+            ("2k", 2e6),
+            ("1M", 1e9),
+        ] {
+            assert_eq!(Quantity::Text(text.to_owned()).thousandths(), Some(thousandths), "{text}");
+        }
+        assert_eq!(Quantity::Number(4.007).thousandths(), Some(4007.0));
+        assert_eq!(Quantity::Text("many".to_owned()).thousandths(), None);
+    }
 }

@@ -70,10 +70,10 @@ fn the_arithmetic_is_what_its_sources_say() {
         assert_eq!(found, Some(*replicas), "{reference}");
     }
     for Case { reference, case: (current, pending, missing, values, target, replicas) } in &cases.pods {
-        let found = pods_replicas(*current, values, *pending, *missing, *target, tolerances);
+        let found = pods_replicas(*current, values, *pending, *missing, (target * 1e3).round(), tolerances);
         assert_eq!(found, Some(*replicas), "{reference}");
     }
-    assert_eq!(pods_replicas(3, &[], 1, 2, 4.0, tolerances), None);
+    assert_eq!(pods_replicas(3, &[], 1, 2, 4e3, tolerances), None);
     for Decide { reference, behavior: name, min, max, steps } in &cases.decide {
         let limits = Limits { min: *min, max: *max, behavior: behavior(name) };
         let mut memory = Memory::default();
@@ -145,7 +145,9 @@ fn the_arithmetic_is_that_of_the_controller() {
         let found = match fields[0] {
             "ratio" => Some(ratio_replicas(whole(1), whole(2), number(3), number(4), tolerances)),
             "per_pod" => Some(per_pod_replicas(whole(1), number(2), number(3), tolerances)),
-            "pods" => pods_replicas(whole(1), &list(4), whole(2), whole(3), number(5), tolerances),
+            "pods" => {
+                pods_replicas(whole(1), &list(4), whole(2), whole(3), (number(5) * 1e3).round(), tolerances)
+            }
             "resource" => {
                 let cpu = CpuGroups { percents: list(4), unready: whole(2), missing: whole(3) };
                 resource_replicas(whole(1), &cpu, number(5), tolerances)
