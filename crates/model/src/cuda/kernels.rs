@@ -132,7 +132,7 @@ impl KvElement {
 }
 
 /// Head sizes that the attention kernels are written for.
-pub const HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
+pub const HEAD_DIMS: [u32; 6] = [32, 64, 80, 96, 128, 256];
 /// Block sizes: whole tiles of 16 tokens.
 pub const BLOCK_SIZES: [u32; 3] = [16, 32, 64];
 

@@ -16,7 +16,7 @@ pub struct Limits {
 /// How large the things are that are measured.
 #[derive(Clone, Copy, Debug)]
 pub struct LimitSizes {
-    /// Of the copy; several times the caches.
+    /// Of the copy; several times the caches. Less where less than four times as much is free.
     pub bytes: usize,
     /// Rows, columns and depth of the product.
     pub width: usize,
@@ -38,15 +38,16 @@ const RUNS: usize = 9;
 /// What the GPU fails with; [`GpuError::OutOfMemory`] on one that has too little free.
 pub fn measure<G: Gpu>(gpu: &G, sizes: LimitSizes) -> Result<Limits, GpuError> {
     let stream = gpu.stream()?;
+    let bytes = sizes.bytes.min(gpu.free_bytes()? as usize / 4);
     let copy = {
-        let (from, to) = (gpu.allocate(sizes.bytes)?, gpu.allocate(sizes.bytes)?);
+        let (from, to) = (gpu.allocate(bytes)?, gpu.allocate(bytes)?);
         // Not zeros: some hardware is faster with them.
         gpu.fill(&stream, from.span(), 0x5a)?;
         median_seconds(gpu, &stream, || gpu.copy(&stream, from.span(), to.span()))?
     };
     let product = product_seconds(gpu, &stream, sizes.width)?;
     Ok(Limits {
-        copy_bytes_per_second: 2.0 * sizes.bytes as f64 / copy,
+        copy_bytes_per_second: 2.0 * bytes as f64 / copy,
         bf16_flops_per_second: 2.0 * (sizes.width as f64).powi(3) / product,
     })
 }

@@ -155,6 +155,7 @@ fn shapes(info: &GpuInfo) -> Vec<Shape> {
     use Element::{BF16, F16};
     use KvElement::{E4M3, Same};
     let all = [
+        (BF16, Same, 32, 2, 32),
         (BF16, Same, 64, 1, 16),
         (F16, Same, 80, 2, 32),
         (BF16, Same, 96, 4, 64),
@@ -162,6 +163,7 @@ fn shapes(info: &GpuInfo) -> Vec<Shape> {
         (F16, Same, 256, 7, 32),
         (BF16, Same, 128, 8, 64),
         (F16, Same, 64, 12, 16),
+        (F16, E4M3, 32, 3, 16),
         (BF16, E4M3, 64, 4, 16),
         (F16, E4M3, 80, 3, 32),
         (BF16, E4M3, 96, 6, 64),
