@@ -10,7 +10,7 @@ use servelab_model::hub::{Download, HubOptions};
 use servelab_model::{
     CudaRunnerOptions, EngineKind, KvDtype, ModelConfig, ModelSource, OpenOptions, Prepared, TextFiles, demo,
 };
-use servelab_server::{LoadError, LoadTimes, LoadedModel};
+use servelab_server::{LoadError, LoadTimes, LoadedModel, ModelMemory};
 use servelab_text::{ChatTemplate, Tokenizer};
 use servelab_wire::DeviceState;
 
@@ -111,7 +111,7 @@ pub fn load(
         engine: engine.clone(),
         has_chat_template: text.chat_template.is_some(),
     };
-    let timings = loaded.timings;
+    let (timings, memory) = (loaded.timings, loaded.memory);
     let served = LoadedModel {
         runner: loaded.runner,
         engine,
@@ -132,6 +132,11 @@ pub fn load(
             convert: timings.convert,
             warm_up: timings.warm_up,
             record: timings.record,
+        },
+        memory: ModelMemory {
+            weights: memory.weight_bytes,
+            activations: memory.activation_bytes,
+            kv_cache: memory.kv_cache_bytes,
         },
     };
     Ok((served, summary))

@@ -24,6 +24,8 @@ mod server;
 mod spans;
 mod sse;
 
-pub use options::{LoadError, LoadTimes, LoadedModel, Loader, Runner, SamplingDefaults, ServerOptions};
+pub use options::{
+    LoadError, LoadTimes, LoadedModel, Loader, ModelMemory, Runner, SamplingDefaults, ServerOptions,
+};
 pub use routes::ROUTES;
 pub use server::{ServeError, Server, serve};

@@ -94,6 +94,7 @@ fn tell_metrics(app: &App, loaded: &LoadedModel) {
     let cache = CacheConfig {
         block_size: loaded.engine.block_size,
         num_blocks: loaded.engine.num_blocks,
+        max_model_len: loaded.engine.max_model_len,
         dtype: &loaded.kv_dtype,
         prefix_cache: loaded.engine.prefix_cache,
     };
@@ -109,6 +110,7 @@ fn tell_metrics(app: &App, loaded: &LoadedModel) {
         })
     });
     let told = told.and_then(|()| app.metrics.set_model_load(|stage| loaded.load_times.of(stage)));
+    let told = told.and_then(|()| app.metrics.set_model_memory(|part| loaded.memory.of(part)));
     if let Err(error) = told {
         tracing::warn!(%error, "a metric of the loaded model is missing");
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use servelab_engine::{EngineConfig, ModelRunner, TokenId};
 use servelab_front::prompts::{Prompter, TextFiles};
-use servelab_telemetry::{LoadStage, Metrics, Secret, Traces};
+use servelab_telemetry::{LoadStage, MemoryPart, Metrics, Secret, Traces};
 use servelab_wire::DeviceState;
 
 use crate::kv_events::zmq::KvZmqOptions;
@@ -74,6 +74,27 @@ pub struct LoadedModel {
     pub kv_dtype: String,
     /// How long the stages of loading took, for the metrics.
     pub load_times: LoadTimes,
+    /// What the model takes, for the metrics.
+    pub memory: ModelMemory,
+}
+
+/// Bytes that a model takes, by what they hold.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ModelMemory {
+    pub weights: u64,
+    /// Those of the largest step.
+    pub activations: u64,
+    pub kv_cache: u64,
+}
+
+impl ModelMemory {
+    pub fn of(&self, part: MemoryPart) -> u64 {
+        match part {
+            MemoryPart::Weights => self.weights,
+            MemoryPart::Activations => self.activations,
+            MemoryPart::KvCache => self.kv_cache,
+        }
+    }
 }
 
 /// How long the stages of loading took.

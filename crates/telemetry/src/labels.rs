@@ -67,6 +67,16 @@ label! {
 }
 
 label! {
+    /// What a model's memory holds.
+    MemoryPart("part") {
+        Weights = "weights",
+        /// Those of the largest step.
+        Activations = "activations",
+        KvCache = "kv_cache",
+    }
+}
+
+label! {
     /// What loading a model spends its time on.
     LoadStage("stage") {
         /// Fetching and reading the checkpoint's files.
@@ -133,6 +143,7 @@ mod tests {
         indices_match_the_list::<FinishedReason>();
         indices_match_the_list::<RejectionReason>();
         indices_match_the_list::<LoadStage>();
+        indices_match_the_list::<MemoryPart>();
         indices_match_the_list::<SpanDrop>();
         indices_match_the_list::<StatusClass>();
     }

@@ -8,7 +8,7 @@ mod open_metrics;
 mod timings;
 pub mod traces;
 
-pub use labels::{FinishedReason, Label, LoadStage, RejectionReason, SpanDrop, StatusClass};
+pub use labels::{FinishedReason, Label, LoadStage, MemoryPart, RejectionReason, SpanDrop, StatusClass};
 pub use logs::{LogError, LogFormat, Secret, check_level, init_logs, request_span};
 pub use metrics::{
     BuildInfo, CONTENT_TYPE, CacheConfig, CounterBy, Device, EngineSample, Metrics, MetricsConfig,

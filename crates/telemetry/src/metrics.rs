@@ -9,7 +9,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::labels::{FinishedReason, Label, LoadStage, RejectionReason, SpanDrop, StatusClass};
+use crate::labels::{FinishedReason, Label, LoadStage, MemoryPart, RejectionReason, SpanDrop, StatusClass};
 use crate::names::{self, Metric};
 use crate::open_metrics::{self, Exemplars};
 use crate::traces::SpanCounters;
@@ -42,12 +42,14 @@ pub struct BuildInfo<'a> {
     pub commit: Option<&'a str>,
 }
 
-/// The layout of the KV cache, for `cache_config_info`.
+/// The layout of the KV cache, for `cache_config_info` and its capacity.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheConfig<'a> {
     /// Tokens per block.
     pub block_size: u32,
     pub num_blocks: u32,
+    /// Most tokens of one sequence.
+    pub max_model_len: u32,
     /// Element type of keys and values, such as `bf16`.
     pub dtype: &'a str,
     pub prefix_cache: bool,
@@ -207,7 +209,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Exports the layout of the KV cache, once it is known.
+    /// Exports layout and capacity of the KV cache, once they are known.
     ///
     /// # Errors
     /// [`MetricsError::Register`] if it was exported before.
@@ -219,7 +221,36 @@ impl Metrics {
             ("cache_dtype", cache.dtype),
             ("enable_prefix_caching", if cache.prefix_cache { "True" } else { "False" }),
         ];
-        register_info(&self.registry, &self.names, &names::CACHE_CONFIG_INFO, &labels)
+        register_info(&self.registry, &self.names, &names::CACHE_CONFIG_INFO, &labels)?;
+        let tokens = f64::from(cache.num_blocks) * f64::from(cache.block_size);
+        self.register_gauge(&names::KV_CACHE_CAPACITY_TOKENS, tokens)?;
+        let sequences = tokens / f64::from(cache.max_model_len.max(1));
+        self.register_gauge(&names::KV_CACHE_MAX_CONCURRENCY, sequences)
+    }
+
+    fn register_gauge(&self, metric: &Metric, value: f64) -> Result<(), MetricsError> {
+        let gauge = prometheus::Gauge::with_opts(self.names.opts(metric))
+            .map_err(|source| self.names.failed(metric, source))?;
+        gauge.set(value);
+        register(&self.registry, &self.names, metric, gauge).map(drop)
+    }
+
+    /// Exports the memory that the model takes, once it is loaded.
+    ///
+    /// # Errors
+    /// [`MetricsError::Register`] if it was exported before.
+    pub fn set_model_memory(&self, bytes: impl Fn(MemoryPart) -> u64) -> Result<(), MetricsError> {
+        self.register_by(&names::MODEL_MEMORY_BYTES, |part| bytes(part) as f64)
+    }
+
+    /// A gauge with a value for each value of a label.
+    fn register_by<L: Label>(&self, metric: &Metric, value: impl Fn(L) -> f64) -> Result<(), MetricsError> {
+        let family = prometheus::GaugeVec::new(self.names.opts(metric), &[L::NAME])
+            .map_err(|source| self.names.failed(metric, source))?;
+        for &label in L::ALL {
+            family.with_label_values(&[label.value()]).set(value(label));
+        }
+        register(&self.registry, &self.names, metric, family).map(drop)
     }
 
     /// Exports what computes, once it is known.
@@ -243,13 +274,7 @@ impl Metrics {
     /// # Errors
     /// [`MetricsError::Register`] if it was exported before.
     pub fn set_model_load(&self, seconds: impl Fn(LoadStage) -> Duration) -> Result<(), MetricsError> {
-        let opts = self.names.opts(&names::MODEL_LOAD_SECONDS);
-        let family = prometheus::GaugeVec::new(opts, &[LoadStage::NAME])
-            .map_err(|source| self.names.failed(&names::MODEL_LOAD_SECONDS, source))?;
-        for &stage in LoadStage::ALL {
-            family.with_label_values(&[stage.value()]).set(seconds(stage).as_secs_f64());
-        }
-        register(&self.registry, &self.names, &names::MODEL_LOAD_SECONDS, family).map(drop)
+        self.register_by(&names::MODEL_LOAD_SECONDS, |stage| seconds(stage).as_secs_f64())
     }
 
     /// Takes over what the engine counts itself. Called by the one thread that owns the engine.

@@ -120,6 +120,10 @@ table! {
     CACHE_CONFIG_INFO = gauge("cache_config_info", "Always 1; its labels tell the layout of the KV cache.");
     BUILD_INFO = gauge("build_info", "Always 1; its labels tell version and commit.");
     DEVICE_INFO = gauge("device_info", "Always 1; its labels tell what computes, and whether it is simulated.");
+    MODEL_MEMORY_BYTES = gauge("model_memory_bytes", "Memory that the model takes, by what it holds.");
+    KV_CACHE_CAPACITY_TOKENS = gauge("kv_cache_capacity_tokens", "Tokens that the KV cache holds.");
+    KV_CACHE_MAX_CONCURRENCY = gauge("kv_cache_max_concurrency",
+        "Sequences of the longest length allowed that the KV cache holds at once.");
     MODEL_LOAD_SECONDS = gauge("model_load_seconds", "Time that loading the model took, by stage.");
 
     PREFIX_CACHE_QUERIES = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");

@@ -11,7 +11,9 @@ use servelab_engine::{
 };
 use servelab_front::prompts::{Prompter, TextFiles};
 use servelab_server::kv_events::zmq::KvZmqOptions;
-use servelab_server::{LoadTimes, LoadedModel, SamplingDefaults, ServeError, Server, ServerOptions};
+use servelab_server::{
+    LoadTimes, LoadedModel, ModelMemory, SamplingDefaults, ServeError, Server, ServerOptions,
+};
 use servelab_telemetry::{BuildInfo, Metrics, MetricsConfig, Secret};
 use servelab_wire::DeviceState;
 use tokio::sync::oneshot;
@@ -392,6 +394,7 @@ fn options(setup: Setup, control: Control, metrics: Arc<Metrics>) -> ServerOptio
                 device: setup.device,
                 kv_dtype: "f32".into(),
                 load_times: LoadTimes::default(),
+                memory: ModelMemory::default(),
             })
         }),
     }
