@@ -67,6 +67,12 @@ kernels:
     SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \
         cargo test --quiet --workspace --test cuda_nvrtc -- --nocapture
 
+# The program on a GPU that the CPU plays, slowly: `just emulated serve --max-running 4 --max-batched-tokens 64`, or
+# `just emulated doctor --gpu --quick`. Needs a C++ compiler.
+emulated *arguments:
+    folder="$(crates/model/src/cuda/emulator/libraries/build.sh target)" && \
+        LD_LIBRARY_PATH="$folder" XDG_CACHE_HOME="$folder/cache" cargo run --release -- {{ arguments }}
+
 # 2,000 requests to a replica, 50,000 through the router; resident memory must stay flat.
 soak:
     SERVELAB_SOAK_REQUESTS=2000 SERVELAB_ROUTER_SOAK_REQUESTS=50000 \

@@ -20,6 +20,9 @@ mod bench_loads;
 mod collector;
 /// The command line: settings, the configuration file, exit codes, logs, the address taken.
 mod command_line;
+/// `--device cuda` on an emulated driver.
+#[cfg(target_os = "linux")]
+mod cuda;
 /// Settings and commands of deploy/.
 mod deploy;
 /// The same answer alone, among others, with a warm cache, after a preemption.

@@ -41,6 +41,9 @@ pub struct DoctorCommand {
     /// Threads that compute on the CPU [default: one a core].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Check the GPU's kernels at small sizes and measure nothing: seconds, once they are compiled.
+    #[arg(long)]
+    quick: bool,
     /// Print everything as JSON.
     #[arg(long)]
     json: bool,
@@ -84,7 +87,8 @@ struct GpuFacts {
 pub fn run(command: &DoctorCommand, out: &mut impl Write) -> std::io::Result<bool> {
     let (send, receive) = mpsc::channel();
     let (folder, threads) = (command.cuda_lib_dir.clone(), command.threads.map_or(0, usize::from));
-    std::thread::spawn(move || look(folder.as_deref(), threads, &send));
+    let effort = if command.quick { Effort::QUICK } else { Effort::FULL };
+    std::thread::spawn(move || look(folder.as_deref(), threads, effort, &send));
     let report = listen(command, &receive, PATIENCE, out)?;
     match command.json {
         true => writeln!(out, "{:#}", report.json())?,
@@ -128,7 +132,7 @@ fn listen(
 }
 
 /// Examines the machine. Nobody listens once the command has been given up.
-fn look(folder: Option<&Path>, threads: usize, words: &Sender<Word>) {
+fn look(folder: Option<&Path>, threads: usize, effort: Effort, words: &Sender<Word>) {
     let tell = |word| drop(words.send(word));
     tell(Word::Begins("measuring the CPU"));
     tell(Word::Cpu(cpu_facts(threads)));
@@ -137,12 +141,12 @@ fn look(folder: Option<&Path>, threads: usize, words: &Sender<Word>) {
     tell(Word::CpuModel(compared.map_err(|error| error.to_string())));
     tell(Word::Begins("opening the GPU"));
     match CudaGpu::open(folder) {
-        Ok(gpu) => look_at_gpu(&Arc::new(gpu), &tell),
+        Ok(gpu) => look_at_gpu(&Arc::new(gpu), effort, &tell),
         Err(error) => tell(Word::NoGpu(error)),
     }
 }
 
-fn look_at_gpu(gpu: &Arc<CudaGpu>, tell: &dyn Fn(Word)) {
+fn look_at_gpu(gpu: &Arc<CudaGpu>, effort: Effort, tell: &dyn Fn(Word)) {
     tell(Word::Gpu(GpuFacts {
         info: gpu.info().clone(),
         free_bytes: gpu.free_bytes().unwrap_or(0),
@@ -153,7 +157,7 @@ fn look_at_gpu(gpu: &Arc<CudaGpu>, tell: &dyn Fn(Word)) {
     // What does not compile is found again, by the check that needs it.
     let _ = gpu.prepare(&checks::modules(gpu.info()));
     tell(Word::Begins("checking the kernels on the GPU"));
-    examine(gpu, Effort::FULL, &mut |finding| tell(Word::Finding(finding)));
+    examine(gpu, effort, &mut |finding| tell(Word::Finding(finding)));
 }
 
 fn cpu_facts(threads: usize) -> CpuFacts {
@@ -184,7 +188,7 @@ mod tests {
     use super::*;
 
     fn command(json: bool, gpu: bool) -> DoctorCommand {
-        DoctorCommand { cuda_lib_dir: None, gpu, threads: Some(1), json }
+        DoctorCommand { cuda_lib_dir: None, gpu, threads: Some(1), quick: false, json }
     }
 
     /// On a machine with a GPU this takes some seconds more and passes too.

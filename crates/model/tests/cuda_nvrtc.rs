@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io::Write;
 use std::path::Path;
+use std::process::Command;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -147,6 +148,25 @@ fn modules(info: &GpuInfo) -> Vec<(Module, Vec<(&'static str, Launch)>)> {
 }
 
 const GROUPS: [u32; 10] = [1, 4, 8, 2, 7, 5, 3, 6, 12, 16];
+
+/// What the tests without a GPU take for the driver and for NVRTC has the types and numbers of NVIDIA's own headers,
+/// which the packages bring.
+#[test]
+fn the_emulated_libraries_have_nvidias_signatures() {
+    let Some(folder) = std::env::var_os("SERVELAB_NVRTC") else { return };
+    let headers = Path::new(&folder).join("../include");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda/emulator/libraries");
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    for (source, defines) in [
+        ("cuda.cpp", &["-DCUDA_H"][..]),
+        ("nvrtc.cpp", &["-DNVRTC_H", "-DFOLDER=\"\"", "-DCXX=\"\"", "-DFLAGS=\"\""]),
+    ] {
+        let mut command = Command::new(&compiler);
+        command.args(["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]).args(defines);
+        let output = command.arg("-I").arg(&headers).arg(sources.join(source)).output().unwrap();
+        assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
 
 /// See the top of the file.
 fn specialisations(info: &GpuInfo) -> Vec<Specialisation> {

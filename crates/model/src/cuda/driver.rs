@@ -87,6 +87,8 @@ pub enum OpenError {
     Missing(#[from] Missing),
     #[error("{name} has compute capability {arch}; 8.0 or later is needed (A100, RTX 30 and newer)")]
     TooOld { name: String, arch: Arch },
+    #[error("the GPU has no memory left for one more program; stop what uses it (nvidia-smi shows it)")]
+    Full,
     #[error(transparent)]
     Gpu(#[from] GpuError),
 }
@@ -122,7 +124,11 @@ impl Context {
                 return Err(no_gpu(CUresult::CUDA_ERROR_NO_DEVICE).into());
             }
             check("cuDeviceGet", sys::cuDeviceGet(&mut device, 0))?;
-            check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut handle, device))?;
+            let retained = sys::cuDevicePrimaryCtxRetain(&mut handle, device);
+            if retained == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return Err(OpenError::Full);
+            }
+            check("cuDevicePrimaryCtxRetain", retained)?;
         }
         Ok(Self { device, handle })
     }
@@ -136,6 +142,31 @@ impl Context {
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.handle) })?;
         CURRENT.set(self.handle);
         Ok(())
+    }
+
+    fn free_bytes(&self) -> Result<u64, GpuError> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: variables of this function.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(free as u64)
+    }
+
+    /// See [`Gpu::allocate`].
+    pub(super) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<DeviceMemory, GpuError> {
+        self.enter()?;
+        let mut address = 0;
+        // The driver refuses 0 bytes.
+        // SAFETY: a variable of this function.
+        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(GpuError::OutOfMemory { wanted_bytes: bytes as u64, free_bytes: self.free_bytes()? })
+            }
+            result => {
+                check("cuMemAlloc", result)?;
+                Ok(DeviceMemory { context: Arc::clone(self), address, bytes })
+            }
+        }
     }
 
     fn info(&self) -> Result<GpuInfo, GpuError> {
@@ -385,27 +416,11 @@ impl Gpu for CudaGpu {
     }
 
     fn free_bytes(&self) -> Result<u64, GpuError> {
-        self.context.enter()?;
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: variables of this function.
-        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
-        Ok(free as u64)
+        self.context.free_bytes()
     }
 
     fn allocate(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
-        self.context.enter()?;
-        let mut address = 0;
-        // The driver refuses 0 bytes.
-        // SAFETY: a variable of this function.
-        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) } {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                Err(GpuError::OutOfMemory { wanted_bytes: bytes as u64, free_bytes: self.free_bytes()? })
-            }
-            result => {
-                check("cuMemAlloc", result)?;
-                Ok(DeviceMemory { context: Arc::clone(&self.context), address, bytes })
-            }
-        }
+        self.context.allocate(bytes)
     }
 
     fn pinned(&self, bytes: usize) -> Result<PinnedMemory, GpuError> {

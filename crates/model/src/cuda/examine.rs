@@ -11,17 +11,21 @@ use super::runner::Ways;
 /// How much is done.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    pub limits: LimitSizes,
+    /// `None` to measure nothing.
+    pub limits: Option<LimitSizes>,
     pub checks: Size,
     pub model: CompareSizes,
 }
 
 impl Effort {
     /// On a real GPU.
-    pub const FULL: Self = Self { limits: LimitSizes::FULL, checks: Size::Full, model: CompareSizes::FULL };
+    pub const FULL: Self =
+        Self { limits: Some(LimitSizes::FULL), checks: Size::Full, model: CompareSizes::FULL };
     /// On an emulator.
     pub const SMALL: Self =
-        Self { limits: LimitSizes::SMALL, checks: Size::Small, model: CompareSizes::SMALL };
+        Self { limits: Some(LimitSizes::SMALL), checks: Size::Small, model: CompareSizes::SMALL };
+    /// Whether everything computes what it should, in seconds, and nothing about speed.
+    pub const QUICK: Self = Self { limits: None, ..Self::SMALL };
 }
 
 /// One thing that was found, told as soon as it is.
@@ -68,9 +72,10 @@ impl Finding {
 /// Examines a GPU. What fails is a [`Finding`]; what comes after it is tried all the same, and fails with the same
 /// words if the GPU is lost.
 pub fn examine<G: Gpu>(gpu: &Arc<G>, effort: Effort, tell: &mut dyn FnMut(Finding)) {
-    match measure(&**gpu, effort.limits) {
-        Ok(limits) => tell(Finding::Limits(limits)),
-        Err(error) => tell(failed("the limits could not be measured", &error)),
+    match effort.limits.map(|sizes| measure(&**gpu, sizes)) {
+        Some(Ok(limits)) => tell(Finding::Limits(limits)),
+        Some(Err(error)) => tell(failed("the limits could not be measured", &error)),
+        None => {}
     }
     if let Err(error) = checks::run(&**gpu, effort.checks, &mut |check| tell(Finding::Check(check))) {
         tell(failed("the checks of the kernels ended early", &error));

@@ -25,10 +25,9 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cublasStatus_t,
     cudaDataType,
 };
-use cudarc::driver::sys as driver_sys;
 
 use super::disk_cache::{DiskCache, Key};
-use super::driver::{Context, CudaGpu, DeviceMemory, Stream, check};
+use super::driver::{Context, CudaGpu, DeviceMemory, Stream};
 use super::gpu::{Format, Gpu, GpuError, GpuInfo, Memory, Product, Span};
 use super::libraries::Libraries;
 
@@ -42,24 +41,9 @@ const RUNS: usize = 3;
 /// cuBLASLt with the algorithms found so far.
 pub(super) struct Products {
     handle: Handle,
-    workspace: Workspace,
+    workspace: DeviceMemory,
     algorithms: Mutex<Algorithms>,
     store: Store,
-}
-
-/// Allocated by the driver's own calls, since there is no [`CudaGpu`] yet.
-struct Workspace {
-    context: Arc<Context>,
-    address: u64,
-}
-
-impl Drop for Workspace {
-    fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            // SAFETY: allocated by `Products::new`. The driver waits for work that is under way.
-            let _ = unsafe { driver_sys::cuMemFree_v2(self.address) };
-        }
-    }
 }
 
 struct Handle(cublasLtHandle_t);
@@ -137,10 +121,7 @@ impl Products {
         context.enter()?;
         let handle = result::create_handle().map_err(|error| failed("cublasLtCreate", error.0))?;
         let handle = Handle(handle);
-        let mut address = 0;
-        // SAFETY: a variable of this function.
-        check("cuMemAlloc", unsafe { driver_sys::cuMemAlloc_v2(&mut address, WORKSPACE_BYTES) })?;
-        let workspace = Workspace { context: Arc::clone(context), address };
+        let workspace = context.allocate(WORKSPACE_BYTES)?;
         let store = Store::new(info, libraries);
         let best = store.read();
         Ok(Self {
@@ -410,7 +391,7 @@ impl<'p> Call<'p> {
                 out,
                 self.out.0,
                 algorithm,
-                self.products.workspace.address as *mut c_void,
+                self.products.workspace.address() as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.handle().cast(),
             )
