@@ -1,5 +1,6 @@
 """What the schemas cannot see: manifests that apply without an error and fail when it matters."""
 
+import json
 import re
 from urllib.parse import urlparse
 
@@ -104,9 +105,9 @@ def test_clients_meet_the_router_and_the_router_the_replicas(objects):
     policy = only(objects, "NetworkPolicy", ROUTER)["spec"]
     to_replicas = [rule for rule in policy["egress"] if "podSelector" in rule.get("to", [{}])[0]]
     assert [(rule["to"][0]["podSelector"]["matchLabels"], rule["ports"]) for rule in to_replicas] == [
-        (service["selector"], [{"port": port}])
+        (service["selector"], [{"port": port, "protocol": "TCP"}])
     ]
-    api = [rule for rule in policy["egress"] if {"port": 443} in rule["ports"]]
+    api = [rule for rule in policy["egress"] if {"port": 443, "protocol": "TCP"} in rule["ports"]]
     assert api and "to" not in api[0], "the API server tells which replicas there are"
 
 
@@ -154,6 +155,18 @@ def test_the_scaler_owns_the_number_of_replicas(objects):
     for owner in [only(objects, "Deployment"), *of_kind(objects, "Rollout")]:
         emptied = owner["kind"] == "Deployment" and of_kind(objects, "Rollout")
         assert owner["spec"].get("replicas") == (0 if emptied else None)
+
+
+def test_what_is_applied_again_is_unchanged(objects):
+    """`kubectl apply` compares with what the server made of it: of these it would send a patch every time."""
+    for each in of_kind(objects, "Deployment"):
+        assert each["spec"].get("strategy", {"type": ""}).get("type") is not None, "it would be taken away and set again"
+    for each in of_kind(objects, "NetworkPolicy"):
+        rules = [*each["spec"].get("ingress", []), *each["spec"].get("egress", [])]
+        assert all("protocol" in port for rule in rules for port in rule.get("ports", [])), "lists are compared as a whole"
+        assert [] not in each["spec"].values(), "the server keeps no empty list"
+    for each in objects:
+        assert len(json.dumps(each)) < 256 << 10, "it is kept in an annotation, which has an end"
 
 
 def test_a_budget_does_not_block_the_drain_of_a_node(objects):
