@@ -7,6 +7,9 @@ use std::str::FromStr;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
+/// What a library would say again and again, and our own record says once. A setting may name it all the same.
+const QUIET: &str = "kube_runtime=error";
+
 /// How log records are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -78,7 +81,7 @@ fn filter(level: &str) -> Result<EnvFilter, LogError> {
             return Err(wrong(format!("{part:?} is no level")));
         }
     }
-    EnvFilter::builder().parse(level).map_err(|error| wrong(error.to_string()))
+    EnvFilter::builder().parse(format!("{QUIET},{level}")).map_err(|error| wrong(error.to_string()))
 }
 
 /// The span that everything done for one request runs in; its records carry `request_id`, and `trace_id` if the
@@ -162,6 +165,14 @@ mod tests {
             let error = check_level(level).unwrap_err().to_string();
             assert!(error.contains("use error, warn, info"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_library_that_repeats_itself_is_quiet_unless_it_is_named() {
+        let shown = |level: &str| filter(level).unwrap().to_string();
+        assert!(shown("info").contains("kube_runtime=error") && shown("info").contains("info"));
+        let named = shown("info,kube_runtime=debug");
+        assert!(named.contains("kube_runtime=debug") && !named.contains("kube_runtime=error"), "{named}");
     }
 
     #[test]

@@ -44,7 +44,9 @@ impl Slices {
         let mut replicas: BTreeMap<String, Address> = BTreeMap::new();
         let mut unlisted = Unlisted::default();
         for family in ["IPv4", "IPv6"] {
-            for slice in self.current.values().filter(|slice| slice.address_type == family) {
+            // A service without pods has one slice without endpoints, and that has no ports: nothing is left out there.
+            let filled = self.current.values().filter(|slice| !slice.endpoints.is_empty());
+            for slice in filled.filter(|slice| slice.address_type == family) {
                 let found = slice.endpoints.iter().filter(|endpoint| may_get_requests(endpoint));
                 let ip = |endpoint: &Endpoint| endpoint.addresses.first()?.parse::<IpAddr>().ok();
                 let Some(number) = number(slice, port) else {
@@ -209,6 +211,15 @@ mod tests {
             "a container may listen where no service points"
         );
         assert!(slices.addresses(&"http".parse().unwrap()).1.is_empty());
+    }
+
+    #[test]
+    fn a_service_without_pods_leaves_nothing_out() {
+        let slices = listed(vec![slice("a", "IPv4", Value::Null, &[])]);
+        for port in ["http", "8000"] {
+            let (none, told) = slices.addresses(&port.parse().unwrap());
+            assert!(none.is_empty() && told.is_empty(), "{told}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::config::{InferConfigError, KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::core::Status;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Config};
 use rand::Rng;
@@ -132,39 +133,59 @@ impl Follower<'_> {
 
 /// Failures in a row.
 #[derive(Default)]
-struct Failures(u32);
+struct Failures {
+    count: u32,
+    /// What was said of them, so that each kind is said once.
+    told: Option<&'static str>,
+}
 
 impl Failures {
     fn end(&mut self) {
-        if std::mem::take(&mut self.0) > 1 {
+        if std::mem::take(self).told.is_some() {
             tracing::info!("the API server answers again");
         }
     }
 
     /// One alone is usual: a watch ends, or is too old to go on.
     async fn pause(&mut self, namespace: &str, service: &str, error: &watcher::Error) {
-        self.0 = self.0.saturating_add(1);
-        if self.0 == 2 {
-            let help = if is_forbidden(error) {
-                "the service account needs get, list and watch on endpointslices of discovery.k8s.io there"
-            } else {
-                "the replicas stay"
-            };
-            tracing::warn!(namespace, service, %error, "the EndpointSlices cannot be followed; {help}");
+        self.count = self.count.saturating_add(1);
+        let status = status(error);
+        let help = help(status);
+        if self.count > 1 && self.told != Some(help) {
+            // Its own text has all of the answer twice.
+            let error = status.map_or_else(
+                || error.to_string(),
+                |status| format!("{} {}: {}", status.code, status.reason, status.message),
+            );
+            tracing::warn!(namespace, service, error, "the EndpointSlices cannot be followed; {help}");
+            self.told = Some(help);
         }
-        let pause = (FIRST_PAUSE * 2_u32.pow((self.0 - 1).min(16))).min(LONGEST_PAUSE);
+        let pause = (FIRST_PAUSE * 2_u32.pow((self.count - 1).min(16))).min(LONGEST_PAUSE);
         let jitter = rand::rng().random_range(0.5..1.0);
         tokio::time::sleep(pause.mul_f64(jitter)).await;
     }
 }
 
-fn is_forbidden(error: &watcher::Error) -> bool {
+/// What the API server answered, if it did.
+fn status(error: &watcher::Error) -> Option<&Status> {
+    use kube::Error::Api;
     use watcher::Error::{InitialListFailed, WatchError, WatchFailed, WatchStartFailed};
     match error {
-        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
-            matches!(error, kube::Error::Api(status) if matches!(status.code, 401 | 403))
+        InitialListFailed(Api(status))
+        | WatchStartFailed(Api(status))
+        | WatchFailed(Api(status))
+        | WatchError(status) => Some(status),
+        _ => None,
+    }
+}
+
+fn help(status: Option<&Status>) -> &'static str {
+    match status.map(|status| status.code) {
+        Some(401) => {
+            "the API server does not take this token or certificate: is it this cluster's, and not expired?"
         }
-        WatchError(status) => matches!(status.code, 401 | 403),
-        watcher::Error::NoResourceVersion => false,
+        Some(403) => "the service account needs list and watch on endpointslices of discovery.k8s.io there",
+        Some(404) => "this API server has no discovery.k8s.io/v1, which came with Kubernetes 1.21",
+        _ => "the replicas stay",
     }
 }

@@ -58,9 +58,12 @@ impl Members {
                 self.registry.remove(gone);
             }
         }
-        for new in addresses.difference(&before) {
-            if let Err(error) = self.join(new) {
-                tracing::error!(replica = %new, "{error}");
+        // Those that were listed before too: there may have been no place for one of them.
+        for address in &addresses {
+            if let Err(error) = self.join(address)
+                && !before.contains(address)
+            {
+                tracing::error!(replica = %address, "{error}");
             }
         }
     }
@@ -157,6 +160,7 @@ mod tests {
     use crate::choice::fleet::FleetOptions;
     use crate::choice::policy::Policy;
     use crate::choice::rates::Pace;
+    use crate::choice::replica_set::MAX_REPLICAS;
     use crate::parity::tokeniser::Tokenisers;
     use crate::parity::watch::ParityOptions;
     use crate::replicas::client::client;
@@ -200,6 +204,18 @@ mod tests {
         assert_eq!(known(&registry), set(&[2, 3]), "the other source still lists the second");
         members.set(1, set(&[4]));
         assert_eq!(known(&registry), set(&[4]));
+    }
+
+    #[tokio::test]
+    async fn one_that_found_no_place_joins_when_there_is_one() {
+        let (members, registry) = members();
+        let ports: Vec<u16> = (1..=u16::try_from(MAX_REPLICAS).unwrap() + 1).collect();
+        members.set(0, set(&ports));
+        assert_eq!(known(&registry).len(), MAX_REPLICAS);
+        let gone = known(&registry).pop_first().unwrap();
+        let left: BTreeSet<Address> = set(&ports).into_iter().filter(|address| *address != gone).collect();
+        members.set(0, left.clone());
+        assert_eq!(known(&registry), left);
     }
 
     #[tokio::test]
