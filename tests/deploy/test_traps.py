@@ -123,7 +123,7 @@ def test_the_router_may_follow_endpoints_and_nothing_else(objects):
     ]
     rules = [rule for name in bound for rule in only(objects, "Role", name)["rules"]]
     assert rules == [
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
     ]
 
 

@@ -76,7 +76,7 @@ typed! {
     #[arg(long, value_name = "IP:PORT", help_heading = "Replicas")]
     dns_server: String,
     /// Service of Kubernetes whose pods are replicas, followed by its EndpointSlices: a pod that ends gets nothing new
-    /// and may finish what it has. PORT is a name or number of the pods. Needs get, list and watch on endpointslices
+    /// and may finish what it has. PORT is a name or number of the pods. Needs list and watch on endpointslices
     /// of discovery.k8s.io [default namespace: that of the service account].
     #[arg(long, value_name = "[NAMESPACE/]SERVICE:PORT", help_heading = "Replicas")]
     replicas_kubernetes: Vec<String>,
