@@ -56,6 +56,13 @@ test-openai:
 test-deploy:
     {{ python }} -m pytest -q -p no:cacheprovider tests/deploy
 
+# The manifests and the router's discovery on a real API server with its controllers, fifteen minutes. Needs the programs of
+# Kubernetes and etcd (tests/cluster/README.md), named by the flags --etcd, --kube-apiserver and --kube-controller-manager.
+test-cluster *flags:
+    cargo build --release
+    unshare --map-root-user --net --mount {{ python }} -m pytest -q -p no:cacheprovider tests/cluster \
+        --binary "{{ target }}/release/servelab" "$@"
+
 # Follow every lab on a release build, one after the other, and print what it shows beside what came out here; `just labs
 # write` puts that into docs/labs. Needs prometheus and promtool.
 labs mode="1":
