@@ -454,6 +454,15 @@ fn the_pool_is_planned_from_what_a_trial_leaves_free() {
     assert!(time.steps >= 5 && time.busy_seconds > 0.0 && time.idle_seconds >= 0.0, "{time:?}");
 }
 
+/// Whatever the bounds are: here one sequence, which is shorter than the steps that a larger model is tried with.
+#[test]
+fn bounds_that_no_step_reaches_are_not_tried() {
+    let Some(emulator) = Emulator::or_skip("the trial of small bounds", 5) else { return };
+    let options = CudaOptions { max_batched_tokens: 2048, max_sequences: 1, max_model_len: 40, ..options() };
+    let model = CudaModel::load(Arc::new(emulator), &config("{}"), &weights(), options, Box::new(|_, _| ()));
+    model.unwrap().try_all_sizes(Ways::default()).unwrap();
+}
+
 /// All that `servelab doctor` does with a GPU, in small.
 #[test]
 fn the_doctor_finds_nothing_wrong() {

@@ -85,9 +85,11 @@ impl<G: Gpu> CudaModel<G> {
     /// [`ModelError::WarmUp`] if a step fails, [`ModelError::Gpu`] if there is no memory.
     pub fn try_all_sizes(&mut self, ways: Ways) -> Result<(), ModelError> {
         let options = *self.ops.options();
-        let most_tokens = options.max_batched_tokens as u32;
         let sequences = options.max_sequences as u32;
-        let context = most_tokens.div_ceil(sequences).max(TRIAL_TOKENS).min(options.max_model_len);
+        let longest = options.max_batched_tokens as u32;
+        let context = longest.div_ceil(sequences).max(TRIAL_TOKENS).min(options.max_model_len);
+        // No step has more than all sequences at their longest.
+        let most_tokens = longest.min(context.saturating_mul(sequences));
         self.ops.make_pool(context.div_ceil(options.block_size) as usize)?;
         let ladder = ladder(&options, self.ops.logits_rows());
         for rows in &ladder {
@@ -98,7 +100,7 @@ impl<G: Gpu> CudaModel<G> {
             self.run(&prompt_step(tokens, context, options.block_size))?;
             tokens *= 2;
         }
-        self.run(&prompt_step(most_tokens.min(context * sequences), context, options.block_size))?;
+        self.run(&prompt_step(most_tokens, context, options.block_size))?;
         if ways.graphs {
             self.measure_graph(ladder.last().copied().unwrap_or(1) as usize)?;
         }
