@@ -74,9 +74,9 @@ kernels:
     SERVELAB_NVRTC="$({{ python }} crates/model/tests/nvrtc/find.py)" \
         cargo test --quiet --workspace --test cuda_nvrtc -- --nocapture
 
-# The program on a GPU that the CPU plays, slowly: `just emulated serve --max-running 4 --max-batched-tokens 64`, or
-# `just emulated doctor --gpu --quick`. Needs a C++ compiler.
-emulated *arguments:
+# The program on a GPU that the CPU plays, slowly: small batches are served, or `just emulated doctor --gpu --quick`. Needs
+# a C++ compiler.
+emulated *arguments="serve --max-running 4 --max-batched-tokens 64":
     folder="$(crates/model/src/cuda/emulator/libraries/build.sh target)" && \
         LD_LIBRARY_PATH="$folder" XDG_CACHE_HOME="$folder/cache" cargo run --release -- {{ arguments }}
 

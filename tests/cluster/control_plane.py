@@ -200,26 +200,39 @@ class ControlPlane:
 
     def __init__(self, binaries: Binaries, folder: Path):
         self.folder, self.binaries = folder, binaries
+        self._processes: list[Process] = []
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self):
+        folder, binaries = self.folder, self.binaries
         self.certificates = Certificates(folder)
         self.api = Api(self.certificates.authority, ADMIN_TOKEN)
         (folder / "tokens.csv").write_text(f"{ADMIN_TOKEN},tests,tests,system:masters\n")
         self._kubeconfig()
         # In 1.20 and 1.21 the conditions of a pod that ends are behind a gate; later versions have no such gate.
         gates = ["--feature-gates=EndpointSliceTerminatingCondition=true"] if binaries.version() < (1, 22) else []
-        self.etcd = Process(
+        self.etcd = self._run(
             [binaries.etcd, "--data-dir", folder / "etcd", "--listen-client-urls", ETCD, "--advertise-client-urls", ETCD,
              "--listen-peer-urls", "http://127.0.0.1:2380", "--unsafe-no-fsync"],
             folder / "etcd.log",
         )
-        self.apiserver = Process([binaries.apiserver, *self._apiserver_flags(), *gates], folder / "apiserver.log")
+        self.apiserver = self._run([binaries.apiserver, *self._apiserver_flags(), *gates], folder / "apiserver.log")
         self.wait()
-        self.controllers = Process(
+        self.controllers = self._run(
             [binaries.controller_manager, f"--kubeconfig={folder / 'kubeconfig'}", f"--controllers={CONTROLLERS}",
              f"--service-account-private-key-file={self.certificates.accounts}",
              f"--root-ca-file={self.certificates.authority}", "--leader-elect=false", "--bind-address=127.0.0.1",
              "--horizontal-pod-autoscaler-sync-period=1s", *gates],
             folder / "controllers.log",
         )
+
+    def _run(self, command, log: Path) -> Process:
+        self._processes.append(Process(command, log))
+        return self._processes[-1]
 
     def _apiserver_flags(self):
         certificates = self.certificates
@@ -283,5 +296,5 @@ class ControlPlane:
         return self.api.ask("POST", path, asked)["status"]["token"]
 
     def stop(self):
-        for process in (self.controllers, self.apiserver, self.etcd):
+        for process in reversed(self._processes):
             process.stop()

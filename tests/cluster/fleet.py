@@ -1,6 +1,7 @@
 """The manifests of deploy/ in the cluster, the router's view of it, and a load that must not fail."""
 
 import contextlib
+import http.client
 import json
 import threading
 import time
@@ -104,7 +105,8 @@ class Load:
                 status, text = self._router.complete(number, streams=number % 2 == 0)
                 whole = status == 200 and "error" not in text[:40] and (number % 2 or "[DONE]" in text)
                 failure = None if whole else f"{status} {text[-300:]}"
-            except OSError as error:
+            # An answer that is cut is an HTTPException and no OSError.
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 failure = repr(error)
             with self._lock:
                 self.answered += 1
@@ -180,6 +182,7 @@ class Fleet:
                 for pod in self.api.get(f"/api/v1/namespaces/{name}/pods")["items"]:
                     running = self.kubelet.pods.get(pod["metadata"]["uid"])
                     if running and running.process:
+                        running.is_killed_by_test = True
                         running.process.kill()
                     self.api.delete(f"/api/v1/namespaces/{name}/pods/{pod['metadata']['name']}", gracePeriodSeconds=0)
         return all(self.api.gone(f"/api/v1/namespaces/{name}") for name in namespaces)

@@ -45,6 +45,8 @@ class Pod:
         self.process, self.ends = None, threading.Event()
         # What a test says of its readiness, whatever the probe says.
         self.unready = False
+        # Its process ends as it should not, since a test is over.
+        self.is_killed_by_test = False
         self.ready = False
         self.folder = kubelet.folder / meta["uid"]
         threading.Thread(target=self._live, daemon=True).start()
@@ -163,7 +165,7 @@ class Pod:
                 self.kubelet.killed.append(self.name)
                 self.process.kill()
                 self.process.wait()
-            if self.process.returncode:
+            if self.process.returncode and not self.is_killed_by_test:
                 self.kubelet.killed.append(f"{self.name} ended with {self.process.returncode}")
         self.kubelet.api.delete(self.path, gracePeriodSeconds=0)
 

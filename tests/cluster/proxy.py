@@ -42,7 +42,6 @@ class Proxy:
         # A shorter time-out for watches than the router asks for.
         self.watch_seconds: int | None = None
         self._certificates = certificates
-        self._cut = threading.Event()
         self._upstream = ssl.create_default_context(cafile=str(certificates.authority))
         self._open: set = set()
         self._frozen: set = set()

@@ -41,7 +41,7 @@ pub struct DoctorCommand {
     /// Threads that compute on the CPU [default: one a core].
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Check the GPU's kernels at small sizes and measure nothing: seconds, once they are compiled.
+    /// Check the GPU's kernels at small sizes and measure nothing of it: seconds, once they are compiled.
     #[arg(long)]
     quick: bool,
     /// Print everything as JSON.

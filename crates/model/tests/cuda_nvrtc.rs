@@ -149,8 +149,8 @@ fn modules(info: &GpuInfo) -> Vec<(Module, Vec<(&'static str, Launch)>)> {
 
 const GROUPS: [u32; 10] = [1, 4, 8, 2, 7, 5, 3, 6, 12, 16];
 
-/// What the tests without a GPU take for the driver and for NVRTC has the types and numbers of NVIDIA's own headers,
-/// which the packages bring.
+/// What the tests without a GPU take for the driver and for NVRTC has the signatures of NVIDIA's own headers, which the
+/// packages bring.
 #[test]
 fn the_emulated_libraries_have_nvidias_signatures() {
     let Some(folder) = std::env::var_os("SERVELAB_NVRTC") else { return };

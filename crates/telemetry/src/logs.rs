@@ -81,7 +81,9 @@ fn filter(level: &str) -> Result<EnvFilter, LogError> {
             return Err(wrong(format!("{part:?} is no level")));
         }
     }
-    EnvFilter::builder().parse(format!("{QUIET},{level}")).map_err(|error| wrong(error.to_string()))
+    let is_off = level.split(',').any(|part| part.trim().eq_ignore_ascii_case("off"));
+    let level = if is_off { level.to_owned() } else { format!("{QUIET},{level}") };
+    EnvFilter::builder().parse(level).map_err(|error| wrong(error.to_string()))
 }
 
 /// The span that everything done for one request runs in; its records carry `request_id`, and `trace_id` if the
@@ -173,6 +175,7 @@ mod tests {
         assert!(shown("info").contains("kube_runtime=error") && shown("info").contains("info"));
         let named = shown("info,kube_runtime=debug");
         assert!(named.contains("kube_runtime=debug") && !named.contains("kube_runtime=error"), "{named}");
+        assert_eq!(shown("off"), "off");
     }
 
     #[test]

@@ -224,7 +224,9 @@ impl Metrics {
         register_info(&self.registry, &self.names, &names::CACHE_CONFIG_INFO, &labels)?;
         let tokens = f64::from(cache.num_blocks) * f64::from(cache.block_size);
         self.register_gauge(&names::KV_CACHE_CAPACITY_TOKENS, tokens)?;
-        let sequences = tokens / f64::from(cache.max_model_len.max(1));
+        // A sequence takes whole blocks.
+        let blocks = cache.max_model_len.div_ceil(cache.block_size.max(1)).max(1);
+        let sequences = f64::from(cache.num_blocks) / f64::from(blocks);
         self.register_gauge(&names::KV_CACHE_MAX_CONCURRENCY, sequences)
     }
 

@@ -16,7 +16,7 @@ fn metrics(prefix: &str) -> Metrics {
     let config = MetricsConfig { prefix, model_name: "demo", max_model_len: 512, routes, build };
     let metrics = Metrics::new(&config).unwrap();
     let cache =
-        CacheConfig { block_size: 16, num_blocks: 64, max_model_len: 512, dtype: "f32", prefix_cache: true };
+        CacheConfig { block_size: 16, num_blocks: 64, max_model_len: 500, dtype: "f32", prefix_cache: true };
     metrics.set_cache_config(cache).unwrap();
     metrics.max_running.set(8);
     metrics.set_device(Device { kind: "sim", name: "4 x H100 SXM", gpus: 4, speed: "10" }).unwrap();

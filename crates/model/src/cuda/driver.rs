@@ -51,7 +51,10 @@ impl CudaGpu {
         }
         let libraries = Libraries::find(folder)?;
         let compiler = Compiler::new(libraries.nvrtc.version);
-        let products = Products::new(&context, &info, &libraries)?;
+        let products = Products::new(&context, &info, &libraries).map_err(|error| match error {
+            GpuError::OutOfMemory { .. } => OpenError::Full,
+            other => other.into(),
+        })?;
         Ok(Self { products, context, info, libraries, compiler })
     }
 

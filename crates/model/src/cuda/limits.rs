@@ -16,7 +16,8 @@ pub struct Limits {
 /// How large the things are that are measured.
 #[derive(Clone, Copy, Debug)]
 pub struct LimitSizes {
-    /// Of the copy; several times the caches. Less where less than four times as much is free.
+    /// Of the copy; several times the caches. Less where less than four times as much is free, but no less than
+    /// [`CACHES`].
     pub bytes: usize,
     /// Rows, columns and depth of the product.
     pub width: usize,
@@ -29,6 +30,8 @@ impl LimitSizes {
     pub const SMALL: Self = Self { bytes: 1 << 20, width: 64 };
 }
 
+/// Times the last cache, which a copy has to be larger than or it measures the cache.
+const CACHES: u64 = 8;
 /// Runs of each; the median counts, so that one that was disturbed does not.
 const RUNS: usize = 9;
 
@@ -38,7 +41,11 @@ const RUNS: usize = 9;
 /// What the GPU fails with; [`GpuError::OutOfMemory`] on one that has too little free.
 pub fn measure<G: Gpu>(gpu: &G, sizes: LimitSizes) -> Result<Limits, GpuError> {
     let stream = gpu.stream()?;
-    let bytes = sizes.bytes.min(gpu.free_bytes()? as usize / 4);
+    let (free_bytes, least) = (gpu.free_bytes()?, CACHES * gpu.info().l2_bytes);
+    let bytes = sizes.bytes.min(free_bytes as usize / 4);
+    if (bytes as u64) < least.min(sizes.bytes as u64) {
+        return Err(GpuError::OutOfMemory { wanted_bytes: 4 * least, free_bytes });
+    }
     let copy = {
         let (from, to) = (gpu.allocate(bytes)?, gpu.allocate(bytes)?);
         // Not zeros: some hardware is faster with them.

@@ -75,11 +75,13 @@ impl PoolDemand {
     /// A pool of that many blocks, whether it fits or not.
     pub fn of_blocks(&self, blocks: u32) -> PoolPlan {
         let tokens = u64::from(blocks) * u64::from(self.block_size);
+        // A sequence takes whole blocks.
+        let of_sequence = self.max_model_len.div_ceil(self.block_size).max(1);
         PoolPlan {
             blocks,
             pool_bytes: u64::from(blocks) * self.block_bytes,
             tokens,
-            concurrency: tokens as f64 / f64::from(self.max_model_len.max(1)),
+            concurrency: f64::from(blocks) / f64::from(of_sequence),
         }
     }
 }

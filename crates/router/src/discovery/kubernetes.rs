@@ -136,12 +136,12 @@ impl Follower<'_> {
 struct Failures {
     count: u32,
     /// What was said of them, so that each kind is said once.
-    told: Option<&'static str>,
+    told: BTreeSet<&'static str>,
 }
 
 impl Failures {
     fn end(&mut self) {
-        if std::mem::take(self).told.is_some() {
+        if !std::mem::take(self).told.is_empty() {
             tracing::info!("the API server answers again");
         }
     }
@@ -151,14 +151,13 @@ impl Failures {
         self.count = self.count.saturating_add(1);
         let status = status(error);
         let help = help(status);
-        if self.count > 1 && self.told != Some(help) {
+        if self.count > 1 && self.told.insert(help) {
             // Its own text has all of the answer twice.
             let error = status.map_or_else(
                 || error.to_string(),
                 |status| format!("{} {}: {}", status.code, status.reason, status.message),
             );
             tracing::warn!(namespace, service, error, "the EndpointSlices cannot be followed; {help}");
-            self.told = Some(help);
         }
         let pause = (FIRST_PAUSE * 2_u32.pow((self.count - 1).min(16))).min(LONGEST_PAUSE);
         let jitter = rand::rng().random_range(0.5..1.0);

@@ -58,14 +58,12 @@ impl Members {
                 self.registry.remove(gone);
             }
         }
-        // Those that were listed before too: there may have been no place for one of them.
-        for address in &addresses {
-            if let Err(error) = self.join(address)
-                && !before.contains(address)
-            {
-                tracing::error!(replica = %address, "{error}");
+        for new in addresses.difference(&before) {
+            if let Err(error) = self.join(new) {
+                tracing::error!(replica = %new, "{error}");
             }
         }
+        self.fill_places(&listed);
     }
 
     /// Adds one by hand. False if it is there already.
@@ -85,7 +83,15 @@ impl Members {
         listed.values_mut().for_each(|list| {
             list.remove(address);
         });
-        self.registry.remove(address)
+        let removed = self.registry.remove(address);
+        self.fill_places(&listed);
+        removed
+    }
+
+    /// Those for which there was no place when they were listed may find one now.
+    fn fill_places(&self, listed: &BTreeMap<usize, BTreeSet<Address>>) {
+        let mut waiting = listed.values().flatten();
+        let _ = waiting.try_for_each(|address| self.join(address).map(drop));
     }
 
     /// Takes it into the registry, asks it from now on how it is and hears what it holds.
@@ -216,6 +222,12 @@ mod tests {
         let left: BTreeSet<Address> = set(&ports).into_iter().filter(|address| *address != gone).collect();
         members.set(0, left.clone());
         assert_eq!(known(&registry), left);
+        // Wherever the place comes from.
+        members.set(1, set(&[9999]));
+        assert_eq!(known(&registry), left);
+        let gone = left.first().unwrap();
+        assert!(members.remove(gone));
+        assert!(known(&registry).is_superset(&set(&[9999])) && !known(&registry).contains(gone));
     }
 
     #[tokio::test]

@@ -20,6 +20,8 @@ const FLAGS: &[&str] = &[
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fvisibility=hidden",
+    // A fortified longjmp takes jumps between fibers for an attack.
+    "-U_FORTIFY_SOURCE",
     "-Wno-unknown-pragmas",
 ];
 

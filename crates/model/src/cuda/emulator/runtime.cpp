@@ -323,6 +323,11 @@ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, float (*to_float
     for (int i = 0; i < 4; i++) c[i] = (float)sum[i];
 }
 
+// A library that is unloaded takes its fibers' stacks with it.
+__attribute__((destructor)) void give_stacks_back() {
+    if (stacks) munmap(stacks, MOST_THREADS * STACK_BYTES);
+}
+
 // Runs all blocks, in an order that the seed decides.
 extern "C" __attribute__((visibility("default"))) void run_launch(Launch* given) {
     std::lock_guard<std::mutex> lock(one_at_a_time);

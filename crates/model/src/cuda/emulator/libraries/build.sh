@@ -14,10 +14,10 @@ cxx=${CXX:-c++}
 mkdir -p "$1"
 into=$(cd "$1" && pwd)
 
-sources="$here/../emulator.h $here/../runtime.cpp $here/declarations.h $here/emulated.h $here/cuda.cpp
-    $here/cublaslt.cpp $here/nvrtc.cpp $here/build.sh"
-# shellcheck disable=SC2086 # a list
-key=$({ "$cxx" --version; cat $sources; } | cksum | tr -d ' ')
+cd "$here"
+"$cxx" --version > /dev/null
+# The folder is part of it, since its path is compiled in.
+key=$({ "$cxx" --version; echo "$into"; cat ../emulator.h ../runtime.cpp ./*; } | cksum | tr -d ' ')
 out=$into/emulated-gpu-$key
 if [ -e "$out/libnvrtc.so.13" ]; then
     echo "$out"
@@ -26,7 +26,8 @@ fi
 
 making=$(mktemp -d "$into/making-XXXXXX")
 trap 'rm -rf "$making"' EXIT
-common="-std=c++17 -fPIC -fvisibility=hidden"
+# A fortified longjmp takes jumps between fibers for an attack.
+common="-std=c++17 -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE"
 
 # A call before each load and store: as GCC spells it, as Clang does, and none.
 gcc="-fsanitize=kernel-address --param=asan-instrumentation-with-call-threshold=0 --param=asan-stack=0
@@ -44,13 +45,13 @@ done
 
 # Contraction of a product and a sum would round otherwise than the GPU is told to; aliasing rules are not CUDA's.
 kernels="$common -O1 -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas"
-cp "$here/../emulator.h" "$making"
-"$cxx" $kernels -I "$making" -c "$here/../runtime.cpp" -o "$making/runtime.o"
-"$cxx" $common -O2 -shared -Wl,-soname,libcuda.so.1 "$here/cuda.cpp" -o "$making/libcuda.so.1" -ldl -pthread
-"$cxx" $common -O2 -shared -Wl,-soname,libcublasLt.so.13 "$here/cublaslt.cpp" "$making/libcuda.so.1" \
+cp "../emulator.h" "$making"
+"$cxx" $kernels -I "$making" -c "../runtime.cpp" -o "$making/runtime.o"
+"$cxx" $common -O2 -shared -Wl,-soname,libcuda.so.1 "./cuda.cpp" -o "$making/libcuda.so.1" -ldl -pthread
+"$cxx" $common -O2 -shared -Wl,-soname,libcublasLt.so.13 "./cublaslt.cpp" "$making/libcuda.so.1" \
     -o "$making/libcublasLt.so.13"
 "$cxx" $common -O2 -shared -Wl,-soname,libnvrtc.so.13 "-DFOLDER=\"$out\"" "-DCXX=\"$cxx\"" \
-    "-DFLAGS=\"$(echo $kernels $checks)\"" "$here/nvrtc.cpp" -o "$making/libnvrtc.so.13"
+    "-DFLAGS=\"$(echo $kernels $checks)\"" "./nvrtc.cpp" -o "$making/libnvrtc.so.13"
 rm "$making/probe.cpp" "$making/probe.o"
 # The names that are asked for first: where NVIDIA's own libraries lie too, none of them shall answer.
 ln -s libcuda.so.1 "$making/libcuda.so"

@@ -1,6 +1,8 @@
 // cuBLASLt as far as the program calls it, on the emulated driver: built as libcublasLt.so.13. Combinations that
 // the tables of cublasLtMatmul() in NVIDIA's documentation do not list are refused. Its three "algorithms" differ
 // in what they take, so that a search has something to find and a kept choice something to be refused for.
+//
+// With CUBLASLT_H defined, NVIDIA's header is taken in the place of these declarations.
 #include "emulated.h"
 
 #include <math.h>
@@ -105,7 +107,8 @@ bool is_supported(const Operation& operation, const Layout& a, const Layout& b, 
     if (a.numbers == CUDA_R_8F_E4M3) {
         // Pointers and dimensions have to be multiples of 16 bytes, and A transposed.
         bool aligned = depth % 16 == 0 && outputs * (u64)bytes_of(d.numbers) % 16 == 0;
-        if (!operation.transpose_a || !aligned || d.numbers == CUDA_R_8F_E4M3) return false;
+        bool is_there = emulated::arch() >= 89;
+        if (!is_there || !operation.transpose_a || !aligned || d.numbers == CUDA_R_8F_E4M3) return false;
         if (d.numbers == CUDA_R_32F) bias = CUDA_R_16BF;
     } else if (a.numbers == CUDA_R_32F || (d.numbers != a.numbers && d.numbers != CUDA_R_32F)) {
         return false;
@@ -118,7 +121,7 @@ bool is_supported(const Operation& operation, const Layout& a, const Layout& b, 
 const u64 MARK = 0x5e7ab5e7ab5e7ab0;
 const u64 ALGORITHMS = 3;
 
-// The second takes whole classes of rows, the third needs scratch memory.
+// The second takes whole classes of rows and aligned memory, the third needs scratch memory.
 bool takes(u64 algorithm, const Layout& b) { return algorithm != 1 || b.width % 8 == 0; }
 size_t workspace_of(u64 algorithm) { return algorithm == 2 ? 1 << 20 : 0; }
 
@@ -132,12 +135,34 @@ Found found(u64 algorithm) {
     return found;
 }
 
-float e4m3(u8 bits) {
-    int exponent = bits >> 3 & 15, mantissa = bits & 7;
-    float magnitude = (bits & 0x7f) == 0x7f ? NAN
-        : exponent == 0                     ? ldexpf((float)mantissa, -9)
-                                            : ldexpf((float)(8 + mantissa), exponent - 10);
-    return bits >> 7 ? -magnitude : magnitude;
+bool is_aligned(const void* at) { return (u64)at % 16 == 0; }
+
+float widen(u32 bits, int exponent_bits, int mantissa_bits) {
+    int bias = (1 << (exponent_bits - 1)) - 1, exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+    u32 one = 1u << mantissa_bits, mantissa = bits & (one - 1);
+    float value = exponent == 0 ? ldexpf((float)mantissa, 1 - bias - mantissa_bits)
+                                : ldexpf((float)(mantissa | one), exponent - bias - mantissa_bits);
+    return bits >> (exponent_bits + mantissa_bits) ? -value : value;
+}
+
+float e4m3(u8 bits) { return (bits & 0x7f) == 0x7f ? NAN : widen(bits, 4, 3); }
+
+float from_half(u16 bits) {
+    if ((bits & 0x7c00) == 0x7c00) return bits & 0x3ff ? NAN : bits >> 15 ? -INFINITY : INFINITY;
+    return widen(bits, 5, 10);
+}
+
+// Rounds to nearest even.
+u16 to_half(float x) {
+    u16 sign = signbit(x) ? 0x8000 : 0;
+    if (x != x) return 0x7fff;
+    if (fabsf(x) >= 65520.0f) return sign | 0x7c00;
+    int exponent;
+    frexpf(x, &exponent);
+    int place = x == 0.0f || exponent < -13 ? -14 : exponent - 1;
+    // One unit too many carries into the exponent as it should.
+    u32 units = (u32)rint(ldexp(fabs((double)x), 10 - place));
+    return (u16)(sign | (units + ((u32)(place + 14) << 10)));
 }
 
 float read(const u8* at, Numbers numbers) {
@@ -146,11 +171,7 @@ float read(const u8* at, Numbers numbers) {
     switch (numbers) {
         case CUDA_R_16BF: memcpy(&half, at, 2); word = (u32)half << 16; break;
         case CUDA_R_32F: memcpy(&word, at, 4); break;
-        case CUDA_R_16F: {
-            _Float16 value;
-            memcpy(&value, at, 2);
-            return (float)value;
-        }
+        case CUDA_R_16F: memcpy(&half, at, 2); return from_half(half);
         default: return e4m3(*at);
     }
     float value;
@@ -164,7 +185,7 @@ void write(u8* at, Numbers numbers, float value) {
     if (numbers == CUDA_R_32F) {
         memcpy(at, &word, 4);
     } else if (numbers == CUDA_R_16F) {
-        _Float16 half = (_Float16)value;
+        u16 half = to_half(value);
         memcpy(at, &half, 2);
     } else {
         u16 half = value != value ? 0x7fff : (u16)((word + 0x7fff + (word >> 16 & 1)) >> 16);
@@ -184,19 +205,36 @@ std::vector<float> matrix(const void* at, const Layout& layout) {
     return numbers;
 }
 
+bool is_there(const void* at, const Layout& layout) {
+    return emulated::is_device_memory((u64)at, layout.leading * layout.width * bytes_of(layout.numbers));
+}
+
 struct Product {
     Operation operation;
     Layout a, b, d;
     const void *at_a, *at_b;
     void* at_d;
     float alpha;
+    void* workspace;
+    size_t scratch;
+
+    Layout bias_layout() const {
+        Numbers numbers = operation.has_bias_numbers ? operation.bias_numbers : d.numbers;
+        return {numbers, d.height, 1, (int64_t)d.height};
+    }
+
+    bool all_there() const {
+        bool has_bias = operation.epilogue == CUBLASLT_EPILOGUE_BIAS;
+        return is_there(at_a, a) && is_there(at_b, b) && is_there(at_d, d)
+            && emulated::is_device_memory((u64)workspace, scratch)
+            && (!has_bias || is_there((const void*)operation.bias, bias_layout()));
+    }
 
     // Transposed A only: column of A times column of B.
     void compute() const {
         std::vector<float> weights = matrix(at_a, a), x = matrix(at_b, b), bias(d.height);
         if (operation.epilogue == CUBLASLT_EPILOGUE_BIAS) {
-            Numbers numbers = operation.has_bias_numbers ? operation.bias_numbers : d.numbers;
-            bias = matrix((const void*)operation.bias, {numbers, d.height, 1, (int64_t)d.height});
+            bias = matrix((const void*)operation.bias, bias_layout());
         }
         for (u64 column = 0; column < d.width; column++) {
             for (u64 row = 0; row < d.height; row++) {
@@ -208,10 +246,6 @@ struct Product {
         }
     }
 };
-
-bool is_there(const void* at, const Layout& layout) {
-    return emulated::is_device_memory((u64)at, layout.leading * layout.width * bytes_of(layout.numbers));
-}
 
 template <typename T>
 Status set(T* field, const void* value, size_t bytes) {
@@ -331,9 +365,13 @@ API Status cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t operatio
     if (scratch > workspace_bytes || !emulated::is_device_memory((u64)workspace, workspace_bytes)) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
-    if (!is_there(at_a, of(a)) || !is_there(at_b, of(b)) || !is_there(at_d, of(d))) return CUBLAS_STATUS_INVALID_VALUE;
-    Product product = {of(operation), of(a), of(b), of(d), at_a, at_b, at_d, *(const float*)alpha};
+    bool aligned = is_aligned(at_a) && is_aligned(at_b) && is_aligned(at_d);
+    bool needs_it = of(a).numbers == CUDA_R_8F_E4M3 || algorithm->data[0] == MARK + 1;
+    if (needs_it && !aligned) return CUBLAS_STATUS_NOT_SUPPORTED;
+    Product product = {of(operation), of(a), of(b), of(d), at_a, at_b, at_d, *(const float*)alpha, workspace, scratch};
+    if (!product.all_there()) return CUBLAS_STATUS_INVALID_VALUE;
     int put = emulated::put(stream, [=] {
+        if (!product.all_there()) return emulated::lose("a product with memory that was freed");
         // Whoever keeps something in there loses it.
         memset(workspace, 0xff, scratch);
         product.compute();

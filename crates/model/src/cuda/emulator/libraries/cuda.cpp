@@ -4,7 +4,8 @@
 // Work that is put on a stream is not done until somebody waits for it, and then no more of it than was waited
 // for (order=late). So a buffer that is reused too early, an answer that is read too early, and a stream that does
 // not wait for another give wrong numbers here every time, and not once in a thousand runs. order=random does a
-// random part of it at every call, order=early all of it at once.
+// random part of it at every call, order=early all of it at once. A few things that the driver allows and the program
+// does not do are refused: events inside of a recording, any flag, and more than one dimension of threads.
 //
 // EMULATED_GPU=order=late,memory_mib=512,arch=90,driver=13000,seed=1,fail=FILE changes the defaults. Once FILE is
 // there, the next launch fails with the error whose number it holds; a sticky one stays, as on a GPU.
@@ -20,6 +21,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <deque>
 #include <map>
@@ -47,6 +49,7 @@ struct CUgraphExec_st {
 
 struct CUstream_st {
     std::deque<Work> queue;
+    bool destroyed = false;  // nobody may name it; its work goes on
     bool capturing = false, broken = false;
     std::thread::id captured_by;
     std::unique_ptr<CUgraph_st> graph;
@@ -73,7 +76,6 @@ struct CUfunc_st {
 
 namespace {
 
-const u32 SHARED_PER_BLOCK = 227 << 10, SHARED_PER_MULTIPROCESSOR = 228 << 10;
 // Fresh memory is NaN in every format, and an index far beyond everything.
 const u8 POISON = 0xff;
 // Of each side of an allocation; keeps the alignment that the driver promises.
@@ -109,6 +111,15 @@ struct Settings {
     }
 };
 
+// Shared memory of a multiprocessor; a block gets 1 KiB less (CUDA C++ programming guide, compute capabilities).
+u32 shared_bytes(u64 arch) {
+    switch (arch) {
+        case 80: case 87: return 164 << 10;
+        case 86: case 89: case 120: return 100 << 10;
+        default: return 228 << 10;
+    }
+}
+
 // As runtime.cpp reads it.
 struct Launch {
     u32 grid[3];
@@ -131,13 +142,20 @@ struct Machine {
     CUctx_st context;
     int retained = 0;
     std::map<u64, u64> device, pinned;  // start and length
-    std::set<CUstream> streams;
+    std::vector<CUstream> streams;  // in the order of their creation
     std::set<CUevent> events;
     std::set<CUmodule> modules;
     std::set<CUgraph> graphs;
     std::set<CUgraphExec> graph_runs;
     CUresult lost = CUDA_SUCCESS;
-    u64 random = 88172645463325252ull;
+    u64 random = settings.seed * 0x9e3779b97f4a7c15ull + 1;
+
+    bool has(CUstream stream) const {
+        auto found = std::find(streams.begin(), streams.end(), stream);
+        return found != streams.end() && !stream->destroyed;
+    }
+
+    u32 shared_per_block() const { return shared_bytes(settings.arch) - 1024; }
 
     u64 draw() {
         random ^= random << 13;
@@ -172,7 +190,7 @@ void run_all(CUstream stream) {
     while (run_one(stream)) {}
 }
 
-// What frees memory waits for everything, as the driver does.
+// What frees device memory waits for everything, as the driver does.
 void run_everything() {
     for (CUstream stream : machine.streams) run_all(stream);
 }
@@ -182,7 +200,6 @@ void run_until(CUevent event, u64 generation) {
 }
 
 void run_something() {
-    if (machine.settings.order == "early") run_everything();
     if (machine.settings.order != "random") return;
     for (CUstream stream : machine.streams) {
         for (u64 left = machine.draw() % 8; left > 0; left--) run_one(stream);
@@ -212,6 +229,11 @@ struct Call {
         }
         return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     }
+
+    static CUresult break_capture(CUstream stream, CUresult error) {
+        stream->broken = true;
+        return error;
+    }
 };
 
 #define ENTER                                        \
@@ -238,13 +260,14 @@ u64 device_bytes() {
 }
 
 CUresult put(CUstream stream, Work work) {
-    if (!machine.streams.count(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    if (!machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->capturing) {
         if (stream->broken) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
         stream->graph->work.push_back(std::move(work));
-    } else {
-        stream->queue.push_back(std::move(work));
+        return CUDA_SUCCESS;
     }
+    stream->queue.push_back(std::move(work));
+    if (machine.settings.order == "early") run_all(stream);
     return CUDA_SUCCESS;
 }
 
@@ -321,6 +344,8 @@ __attribute__((visibility("default"))) bool is_device_memory(u64 address, u64 by
     std::lock_guard<std::recursive_mutex> lock(everything);
     return on_device(address, bytes);
 }
+__attribute__((visibility("default"))) void lose(const char* what) { ::lose(CUDA_ERROR_ILLEGAL_ADDRESS, what); }
+__attribute__((visibility("default"))) int arch() { return (int)machine.settings.arch; }
 
 }  // namespace emulated
 
@@ -341,12 +366,14 @@ API cuDriverGetVersion(int* version) {
 }
 
 API cuDeviceGetCount(int* count) {
+    std::lock_guard<std::recursive_mutex> lock(everything);
     if (!machine.initialised) return CUDA_ERROR_NOT_INITIALIZED;
     *count = 1;
     return CUDA_SUCCESS;
 }
 
 API cuDeviceGet(CUdevice* device, int ordinal) {
+    std::lock_guard<std::recursive_mutex> lock(everything);
     if (!machine.initialised) return CUDA_ERROR_NOT_INITIALIZED;
     *device = 0;
     return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
@@ -368,8 +395,10 @@ API cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
         case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 4 << 20; break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = (int)machine.settings.arch / 10; break;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = (int)machine.settings.arch % 10; break;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = SHARED_PER_MULTIPROCESSOR; break;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = SHARED_PER_BLOCK; break;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: 
+            *value = (int)shared_bytes(machine.settings.arch);
+            break;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = (int)machine.shared_per_block(); break;
         default: return CUDA_ERROR_INVALID_VALUE;
     }
     return CUDA_SUCCESS;
@@ -378,16 +407,23 @@ API cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
 API cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
     std::lock_guard<std::recursive_mutex> lock(everything);
     if (!machine.initialised) return CUDA_ERROR_NOT_INITIALIZED;
+    // What a context takes for itself, though nobody is told how much.
+    if (machine.settings.memory_mib < 16) return CUDA_ERROR_OUT_OF_MEMORY;
     machine.retained++;
     *context = &machine.context;
     return CUDA_SUCCESS;
+}
+
+static size_t live_streams() {
+    return (size_t)std::count_if(machine.streams.begin(), machine.streams.end(),
+                                 [](CUstream stream) { return !stream->destroyed; });
 }
 
 API cuDevicePrimaryCtxRelease_v2(CUdevice) {
     std::lock_guard<std::recursive_mutex> lock(everything);
     if (machine.retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
     if (--machine.retained > 0) return CUDA_SUCCESS;
-    size_t left = machine.device.size() + machine.pinned.size() + machine.streams.size() + machine.events.size()
+    size_t left = machine.device.size() + machine.pinned.size() + live_streams() + machine.events.size()
         + machine.modules.size() + machine.graphs.size() + machine.graph_runs.size();
     // What is given back to a lost GPU is refused.
     if (left > 0 && machine.lost == CUDA_SUCCESS) complain("the context is given up while objects of it are alive");
@@ -395,6 +431,7 @@ API cuDevicePrimaryCtxRelease_v2(CUdevice) {
 }
 
 API cuCtxSetCurrent(CUcontext context) {
+    std::lock_guard<std::recursive_mutex> lock(everything);
     if (!machine.initialised) return CUDA_ERROR_NOT_INITIALIZED;
     if (context != nullptr && (context != &machine.context || machine.retained == 0)) return CUDA_ERROR_INVALID_CONTEXT;
     current = context;
@@ -467,11 +504,10 @@ API cuMemHostAlloc(void** at, size_t bytes, unsigned int flags) {
     return CUDA_SUCCESS;
 }
 
+// Waits for nothing: a copy that is still queued finds the memory gone.
 API cuMemFreeHost(void* at) {
     ENTER_UNCAPTURED;
-    if (!machine.pinned.count((u64)at)) return CUDA_ERROR_INVALID_VALUE;
-    run_everything();
-    machine.pinned.erase((u64)at);
+    if (machine.pinned.erase((u64)at) == 0) return CUDA_ERROR_INVALID_VALUE;
     free(at);
     return CUDA_SUCCESS;
 }
@@ -480,8 +516,9 @@ API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstrea
     ENTER;
     if (!on_device(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
     if (is_pinned(from, bytes)) return put(stream, [=] { copy((void*)to, from, bytes, "a copy from pinned memory"); });
+    if (!machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
     // Pageable memory is read before the call returns, and not when a graph runs.
-    if (captures > 0) return Call::break_captures();
+    if (stream->capturing) return Call::break_capture(stream, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     auto content = std::make_shared<std::vector<u8>>((const u8*)from, (const u8*)from + bytes);
     return put(stream, [=] {
         if (!on_device(to, bytes)) return lose(CUDA_ERROR_ILLEGAL_ADDRESS, "a copy to memory that was freed");
@@ -493,8 +530,9 @@ API cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stre
     ENTER;
     if (!on_device(from, bytes)) return CUDA_ERROR_INVALID_VALUE;
     if (is_pinned(to, bytes)) return put(stream, [=] { copy(to, (void*)from, bytes, "a copy to pinned memory"); });
+    if (!machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
     // Into pageable memory it is done when the call returns.
-    if (captures > 0) return Call::break_captures();
+    if (stream->capturing) return Call::break_capture(stream, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     CUresult result = put(stream, [=] {
         if (!on_device(from, bytes)) return lose(CUDA_ERROR_ILLEGAL_ADDRESS, "a copy from memory that was freed");
         memcpy(to, (void*)from, bytes);
@@ -526,8 +564,12 @@ API cuModuleLoadData(CUmodule* module, const void* image) {
     size_t bytes = image_bytes(image);
     if (bytes == 0) return CUDA_ERROR_INVALID_PTX;
     // The file stays open: the loader knows libraries by their names.
-    int file = memfd_create("kernels", 0);
-    if (file < 0 || write(file, image, bytes) != (ssize_t)bytes) return CUDA_ERROR_OUT_OF_MEMORY;
+    int file = memfd_create("kernels", MFD_CLOEXEC);
+    if (file < 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (write(file, image, bytes) != (ssize_t)bytes) {
+        close(file);
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
     std::string path = "/proc/self/fd/" + std::to_string(file);
     void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
@@ -565,7 +607,7 @@ API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int 
     ENTER;
     switch (attribute) {
         case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
-            if (value < 0 || value > (int)SHARED_PER_BLOCK) return CUDA_ERROR_INVALID_VALUE;
+            if (value < 0 || value > (int)machine.shared_per_block()) return CUDA_ERROR_INVALID_VALUE;
             function->shared_limit = (u32)value;
             return CUDA_SUCCESS;
         case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
@@ -600,26 +642,22 @@ API cuStreamCreate(CUstream* stream, unsigned int flags) {
     ENTER;
     if (flags > CU_STREAM_NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
     *stream = new CUstream_st;
-    machine.streams.insert(*stream);
+    machine.streams.push_back(*stream);
     return CUDA_SUCCESS;
 }
 
 API cuStreamDestroy_v2(CUstream stream) {
     ENTER;
-    if (!machine.streams.count(stream)) return CUDA_ERROR_INVALID_HANDLE;
-    run_all(stream);
-    machine.streams.erase(stream);
-    for (CUevent event : machine.events) {
-        if (event->stream == stream) event->stream = nullptr;
-    }
-    delete stream;
+    if (!machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->capturing) captures--;
+    stream->destroyed = true;
     return CUDA_SUCCESS;
 }
 
 API cuStreamSynchronize(CUstream stream) {
     ENTER;
-    if (!machine.streams.count(stream)) return CUDA_ERROR_INVALID_HANDLE;
-    if (stream->capturing) return Call::break_captures();
+    if (!machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->capturing) return Call::break_capture(stream, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     run_all(stream);
     return machine.lost;
 }
@@ -640,8 +678,8 @@ API cuEventDestroy_v2(CUevent event) {
 
 API cuEventRecord(CUevent event, CUstream stream) {
     ENTER;
-    if (!machine.events.count(event) || !machine.streams.count(stream)) return CUDA_ERROR_INVALID_HANDLE;
-    if (stream->capturing) return Call::break_captures();
+    if (!machine.events.count(event) || !machine.has(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    if (stream->capturing) return Call::break_capture(stream, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     if (event->stream != stream) run_until(event, event->recorded);
     u64 generation = ++event->recorded;
     event->stream = stream;
@@ -670,7 +708,9 @@ API cuEventElapsedTime(float* milliseconds, CUevent from, CUevent to) {
 
 API cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
     ENTER;
-    if (!machine.events.count(event) || flags != 0) return CUDA_ERROR_INVALID_VALUE;
+    if (!machine.events.count(event) || !machine.has(stream) || flags != 0) return CUDA_ERROR_INVALID_VALUE;
+    // No event is recorded inside of a recording here, so that each is from outside.
+    if (stream->capturing) return Call::break_capture(stream, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
     u64 generation = event->recorded;
     return put(stream, [=] { run_until(event, generation); });
 }
@@ -679,7 +719,7 @@ API cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
 
 API cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
     ENTER;
-    if (!machine.streams.count(stream) || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
+    if (!machine.has(stream) || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
     if (stream->capturing) return CUDA_ERROR_INVALID_VALUE;
     stream->capturing = true;
     stream->broken = false;
@@ -692,7 +732,7 @@ API cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
 API cuStreamEndCapture(CUstream stream, CUgraph* graph) {
     ENTER;
     *graph = nullptr;
-    if (!machine.streams.count(stream) || !stream->capturing) return CUDA_ERROR_INVALID_VALUE;
+    if (!machine.has(stream) || !stream->capturing) return CUDA_ERROR_INVALID_VALUE;
     if (stream->captured_by != std::this_thread::get_id()) return CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
     stream->capturing = false;
     captures--;
@@ -719,7 +759,7 @@ API cuGraphDestroy(CUgraph graph) {
 
 API cuGraphUpload(CUgraphExec run, CUstream stream) {
     ENTER;
-    return machine.graph_runs.count(run) && machine.streams.count(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return machine.graph_runs.count(run) && machine.has(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 API cuGraphLaunch(CUgraphExec run, CUstream stream) {

@@ -94,18 +94,19 @@ API nvrtcCompileProgram(nvrtcProgram program, int count, const char* const* opti
         program->log = "the emulator compiles for --gpu-architecture=sm_... only";
         return NVRTC_ERROR_INVALID_OPTION;
     }
-    char folder[] = "/tmp/emulated-nvrtc-XXXXXX";
-    if (!mkdtemp(folder)) return NVRTC_ERROR_COMPILATION;
-    std::string base = std::string(folder) + "/kernel";
+    const char* temporary = getenv("TMPDIR");
+    std::string folder = std::string(temporary ? temporary : "/tmp") + "/emulated-nvrtc-XXXXXX";
+    if (!mkdtemp(&folder[0])) return NVRTC_ERROR_COMPILATION;
+    std::string base = folder + "/kernel";
     std::ofstream(base + ".cpp") << for_the_emulator(program->source);
-    std::string log = " 2>> " + base + ".log", number = std::to_string(10 * atoi(arch.c_str()));
-    std::string command = CXX " " FLAGS " -D__CUDA_ARCH__=" + number + " -I'" FOLDER "' -c " + base + ".cpp -o " + base
-        + ".o" + log + " && " CXX " -shared -Wl,-Bsymbolic " + base + ".o '" FOLDER "/runtime.o' -o " + base + ".so" + log;
+    std::string log = " 2>> '" + base + ".log'", number = std::to_string(10 * atoi(arch.c_str()));
+    std::string command = CXX " " FLAGS " -D__CUDA_ARCH__=" + number + " -I'" FOLDER "' -c '" + base + ".cpp' -o '" + base
+        + ".o'" + log + " && " CXX " -shared -Wl,-Bsymbolic '" + base + ".o' '" FOLDER "/runtime.o' -o '" + base + ".so'" + log;
     bool good = system(command.c_str()) == 0;
     program->code = good ? content(base + ".so") : "";
     program->log = content(base + ".log");
     for (const char* ending : {".cpp", ".o", ".so", ".log"}) unlink((base + ending).c_str());
-    rmdir(folder);
+    rmdir(folder.c_str());
     return good ? NVRTC_SUCCESS : NVRTC_ERROR_COMPILATION;
 }
 
