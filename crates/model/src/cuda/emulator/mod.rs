@@ -11,6 +11,8 @@
 //!
 //! [`compiler`] turns a kernel file into a library with the system's C++ compiler, `emulator.h` and
 //! `runtime.cpp` are what it is compiled with. Work is done when it is put on a stream.
+//!
+//! The folder `libraries` has the same behind NVIDIA's own interfaces, for tests of the driver and of the program.
 
 mod compiler;
 mod memory;
