@@ -26,9 +26,10 @@ async fn router(replica: &Server, collector: &Collector, flags: &[&str]) -> Serv
     command.args(["--replica", &replica.base]).args(collector.flags()).args(flags);
     let router = Server::spawn(command);
     router.wait_until_ready().await;
-    // Else the request is held first, and its choice finds nobody.
-    let has_none = async || router.get("/health").await.1.contains("\"replicas_ready\":0");
-    router.until("a replica is ready", async || !has_none().await).await;
+    // Else the request is held first, and its choice finds nobody, or only some of them.
+    let all = format!("\"replicas_ready\":{}", 1 + flags.iter().filter(|flag| **flag == "--replica").count());
+    let is_ready = async || router.get("/health").await.1.contains(&all);
+    router.until("all replicas are ready", is_ready).await;
     router
 }
 
